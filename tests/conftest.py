@@ -1,0 +1,31 @@
+"""Binds `cutnmix` to this tree, so that tests run the code beside them whatever is installed."""
+
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+package = types.ModuleType("cutnmix")
+package.__path__ = [str(ROOT)]
+sys.modules["cutnmix"] = package
+
+
+@pytest.fixture(scope="session")
+def cifar_root() -> Path:
+    """The folder that holds the real cifar-100-python/, or a visible skip."""
+    root = os.environ.get("CUTNMIX_DATA")
+    if not root or not (Path(root) / "cifar-100-python").is_dir():
+        pytest.skip("set CUTNMIX_DATA to the folder that holds cifar-100-python/ for the tests on real CIFAR-100")
+    return Path(root)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="no CUDA device: run `make test-gpu` on a machine that has one")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
