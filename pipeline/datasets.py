@@ -1,0 +1,310 @@
+"""Data sets as values: images or paths, labels, class names, mean and std of each split, checked before use.
+
+CIFAR files are unpickled only after their md5 proved right, because a pickle can run any code. A file that exists but
+is wrong is named and left alone: nothing here overwrites what a user put there.
+"""
+
+import difflib
+import tarfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from http.client import HTTPException
+from itertools import compress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import numpy as np
+from filelock import FileLock
+from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import find_classes, make_dataset
+from torchvision.datasets.utils import calculate_md5, download_url
+
+SUFFIXES = (".jpg", ".jpeg", ".png")  # of `folder`, in any case
+# A file's suffix does not bind its content (ImageNet holds a PNG named .JPEG): these are the formats that DALI decodes.
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "PPM", "WEBP", "JPEG2000")
+
+
+class DataError(Exception):
+    """A data set is missing, damaged or empty; the message names the file, folder or key and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """One split. The arrays are shared by everything that reads them: treat them as constants.
+
+    They stay writable only because torch.from_numpy warns of arrays that are not.
+    """
+
+    name: str  # such as "cifar100/train"
+    images: np.ndarray | tuple[Path, ...]  # uint8 (N, H, W, C), C-contiguous; or N files
+    labels: np.ndarray  # int64 (N,), 0..K-1
+    classes: tuple[str, ...]  # K names
+    mean: tuple[float, ...]  # per channel, of pixels scaled to [0, 1]
+    std: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether `images` is an array; otherwise it is a tuple of files to decode."""
+        return isinstance(self.images, np.ndarray)
+
+    @property
+    def array(self) -> np.ndarray:
+        """`images` of a data set that is in memory."""
+        assert isinstance(self.images, np.ndarray)
+        return self.images
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """`images` of a data set of files."""
+        assert isinstance(self.images, tuple)
+        return self.images
+
+
+class Splits(NamedTuple):
+    """The two halves of a data set, with the same classes, mean and std."""
+
+    train: Dataset
+    test: Dataset
+
+
+def cifar10(root: Path | None, download: bool = True) -> Splits:
+    """CIFAR-10: 50,000 + 10,000 images of 32x32, 10 classes."""
+    return _cifar("cifar10", CIFAR10, root, download, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+
+
+def cifar100(root: Path | None, download: bool = True) -> Splits:
+    """CIFAR-100 with its fine labels: 50,000 + 10,000 images of 32x32, 100 classes."""
+    return _cifar("cifar100", CIFAR100, root, download, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+
+
+def digits(root: Path | None = None, download: bool = True) -> Splits:
+    """scikit-learn's 1,797 handwritten digits, 8x8 scaled up to 32x32 RGB; both arguments are unused: it is built in.
+
+    Test: the 5th, 10th, 15th... image of each class, 355 in all (34 to 36 a class); train: the other 1,442.
+    The same people wrote both halves, so a high accuracy says nothing about other people's digits.
+    """
+    from sklearn.datasets import load_digits  # here, because importing it takes a second
+
+    small, labels = load_digits(return_X_y=True)
+    small = np.rint(small.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    large = np.stack([np.asarray(Image.fromarray(i).resize((32, 32), Image.Resampling.BILINEAR)) for i in small])
+    images = np.repeat(large[..., None], 3, axis=-1)
+    labels = labels.astype(np.int64)
+
+    tested = np.zeros(len(labels), dtype=bool)
+    for label in range(10):
+        tested[np.flatnonzero(labels == label)[4::5]] = True
+    seen = large[~tested] / 255
+    classes, mean, std = tuple("0123456789"), (float(seen.mean()),) * 3, (float(seen.std()),) * 3
+    return Splits(
+        Dataset("digits/train", images[~tested], labels[~tested], classes, mean, std),
+        Dataset("digits/test", images[tested], labels[tested], classes, mean, std),
+    )
+
+
+def folder(root: Path | None, download: bool = True) -> Splits:
+    """JPEG and PNG files in root/train/CLASS and root/val/CLASS, at any depth below; `download` is unused.
+
+    Classes are sorted by name and files by path. Every class must have images in both halves. No file is opened here:
+    `first_undecodable` finds the culprit when the loader's decoder fails.
+    """
+    if root is None:
+        raise DataError("data.root: folder needs the folder that holds train/CLASS/* and val/CLASS/*")
+    for place in (root, root / "train", root / "val"):
+        if not place.is_dir():
+            raise DataError(
+                f"data.root: there is no folder {place}; folder needs train/CLASS/* and val/CLASS/* in {root}"
+            )
+    try:
+        classes, index = find_classes(root / "train")
+    except FileNotFoundError:
+        raise DataError(f"data.root: {root / 'train'} holds no class folders") from None
+    if extra := sorted(path.name for path in (root / "val").iterdir() if path.is_dir() and path.name not in index):
+        raise DataError(f"data.root: {root / 'val'} has classes that {root / 'train'} has not: {', '.join(extra)}")
+
+    def half(name: str) -> Dataset:
+        found = make_dataset(root / name, index, SUFFIXES, allow_empty=True)
+        filled = {label for _, label in found}
+        if empty := [str(root / name / key) for key in classes if index[key] not in filled]:
+            raise DataError(f"data.root: class folders without images ({', '.join(SUFFIXES)}): {', '.join(empty)}")
+        images, labels = tuple(Path(path) for path, _ in found), np.array([label for _, label in found], dtype=np.int64)
+        return Dataset(f"folder/{name}", images, labels, tuple(classes), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+    return Splits(half("train"), half("val"))
+
+
+DATASETS: dict[str, Callable[[Path | None, bool], Splits]] = {
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "digits": digits,
+    "folder": folder,
+}
+
+
+def load_splits(
+    name: str,
+    root: str | Path | None = None,
+    *,
+    classes: int | Sequence[int | str] | None = None,
+    images_per_class: int | None = None,
+    download: bool = True,
+) -> Splits:
+    """The data set of this name, or the part of it that the keys of the same names under `data` select.
+
+    Args:
+        name: a key of DATASETS.
+        root: the folder that holds the data; `digits` needs none.
+        classes: n for the first n, or names or indices, whose order then numbers the labels 0..n-1. At least 2.
+        images_per_class: the first n training images of each class; the test half keeps all images of its classes.
+        download: whether CIFAR files that are missing may be fetched; an archive that lies in root is unpacked anyway.
+
+    Raises: DataError for data or keys that are wrong.
+    """
+    if name not in DATASETS:
+        raise DataError(
+            f"data.name: {name!r} is none of {', '.join(DATASETS)}; the nearest is {_nearest(name, DATASETS)!r}"
+        )
+    splits = DATASETS[name](None if root is None else Path(root).expanduser(), download)
+    if classes is None and images_per_class is None:
+        return splits
+    chosen = _choose(splits.train.classes, classes)
+    return Splits(_subset(splits.train, chosen, images_per_class), _subset(splits.test, chosen, None))
+
+
+def first_undecodable(paths: Iterable[Path]) -> tuple[Path, str] | None:
+    """The first of these files that does not decode completely, and why; None if all do."""
+    for path in paths:
+        try:
+            with Image.open(path, formats=FORMATS) as image:
+                image.load()
+        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
+            return path, f"{type(error).__name__}: {error}"
+    return None
+
+
+def _cifar(
+    name: str,
+    source: type[CIFAR10],
+    root: Path | None,
+    download: bool,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Splits:
+    """Both halves as torchvision reads them, after a check that names the file at fault; torchvision's names none."""
+    if root is None:
+        raise DataError(f"data.root: {name} needs the folder that holds {source.base_folder}/, or is to hold it")
+    place = root / source.base_folder
+    md5s = dict(source.train_list + source.test_list) | {source.meta["filename"]: source.meta["md5"]}
+    missing = [file for file in md5s if not (place / file).exists()]
+    for file, md5 in md5s.items():
+        if file not in missing:
+            _verify(place / file, md5, source)
+    if missing and not download and not (root / source.filename).exists():
+        raise DataError(
+            f"data.root: {place} lacks {', '.join(missing)}; "
+            f"allow the download, or put {source.url} (md5 {source.tgz_md5}) into {root}"
+        )
+    if missing:
+        _fetch(source, root, missing)
+
+    def half(split: str) -> Dataset:
+        data = source(root, train=split == "train")  # checks every md5 once more before it unpickles
+        images, labels = np.ascontiguousarray(data.data), np.array(data.targets, dtype=np.int64)
+        return Dataset(f"{name}/{split}", images, labels, tuple(data.classes), mean, std)
+
+    return Splits(half("train"), half("test"))
+
+
+def _verify(path: Path, md5: str, source: type[CIFAR10]) -> None:
+    found = calculate_md5(path) if path.is_file() else "none, as it is no file"
+    if found != md5:
+        raise DataError(
+            f"data.root: {path} is damaged: md5 {found}, expected {md5}; "
+            f"remove it and run again, or replace it by the one of {source.url}"
+        )
+
+
+def _fetch(source: type[CIFAR10], root: Path, missing: list[str]) -> None:
+    """Put the missing files under root, each whole or not at all, from the archive in root or else from its URL.
+
+    Several processes may do this at once (the ranks of one run): the first works, the others wait and find it done.
+    Not torchvision's download=True: that overwrites files, and leaves half a file when it is killed.
+    """
+    place, archive = root / source.base_folder, root / source.filename
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{source.filename}.lock"), TemporaryDirectory(prefix=".unpack-", dir=root) as scratch:
+            missing = [file for file in missing if not (place / file).exists()]
+            if not missing:
+                return
+            if archive.exists():
+                _verify(archive, source.tgz_md5, source)
+            else:
+                download_url(source.url, scratch, source.filename, source.tgz_md5)
+                archive = Path(scratch, source.filename)
+            place.mkdir(exist_ok=True)
+            with tarfile.open(archive) as tar:
+                for member in tar:
+                    parent, _, file = member.name.rpartition("/")
+                    if parent == source.base_folder and file in missing and (content := tar.extractfile(member)):
+                        whole = Path(scratch, file)
+                        whole.write_bytes(content.read())
+                        whole.replace(place / file)
+    except (OSError, RuntimeError, HTTPException) as error:  # RuntimeError: torchvision's for a wrong md5
+        raise DataError(
+            f"data.root: could not get {source.url} into {root} ({error}); "
+            f"where there is no connection, put that file (md5 {source.tgz_md5}) into {root} by hand and run again"
+        ) from error
+
+
+def _choose(names: tuple[str, ...], classes: int | Sequence[int | str] | None) -> list[int]:
+    """Indices of the selected classes, in the order asked for."""
+    if classes is None:
+        return list(range(len(names)))
+    if isinstance(classes, int):
+        if not 2 <= classes <= len(names):
+            raise DataError(f"data.classes: {classes} is not within 2..{len(names)}, the number of classes")
+        return list(range(classes))
+    chosen = []
+    for key in [classes] if isinstance(classes, str) else classes:
+        if isinstance(key, str) and key not in names:
+            raise DataError(f"data.classes: there is no class {key!r}; the nearest is {_nearest(key, names)!r}")
+        if isinstance(key, int) and not 0 <= key < len(names):
+            raise DataError(f"data.classes: index {key} is not within 0..{len(names) - 1}")
+        index = names.index(key) if isinstance(key, str) else key
+        if index in chosen:
+            raise DataError(f"data.classes: class {key!r} ({names[index]}, index {index}) is selected twice")
+        chosen.append(index)
+    if len(chosen) < 2:
+        raise DataError(f"data.classes: {classes!r} selects {len(chosen)} class(es), at least 2 are needed")
+    return chosen
+
+
+def _subset(data: Dataset, chosen: list[int], images_per_class: int | None) -> Dataset:
+    """The images of the chosen classes in data set order, relabelled by position in `chosen`."""
+    renumber = np.full(len(data.classes), -1)
+    renumber[chosen] = np.arange(len(chosen))
+    labels = renumber[data.labels]
+    kept = labels >= 0
+    if images_per_class is not None:
+        if images_per_class < 1:
+            raise DataError(f"data.images_per_class: {images_per_class} is not at least 1")
+        for label, index in enumerate(chosen):
+            members = np.flatnonzero(labels == label)
+            if len(members) < images_per_class:
+                raise DataError(
+                    f"data.images_per_class: {images_per_class} asked, "
+                    f"but class {data.classes[index]!r} of {data.name} has {len(members)}"
+                )
+            kept[members[images_per_class:]] = False
+    images = data.images[kept] if isinstance(data.images, np.ndarray) else tuple(compress(data.images, kept))
+    return replace(data, images=images, labels=labels[kept], classes=tuple(data.classes[index] for index in chosen))
+
+
+def _nearest(word: str, allowed: Iterable[str]) -> str:
+    return difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.0)[0]
