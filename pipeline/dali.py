@@ -1,0 +1,232 @@
+"""The DALI loader (the default): one read and one decode an image, V distorted views out, on GPU or CPU.
+
+One graph for both devices. It owns no random operator: offsets, flips, regions, angles and colours come in from the
+plan by external source, as per-sample arguments. Images leave as HWC bytes, so `permute` makes them channels_last
+without a copy, and normalisation is left to the mix, which writes floats once.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import nvidia.dali as dali
+import torch
+from nvidia.dali.plugin.pytorch import DALIGenericIterator
+from torch import Tensor
+
+from cutnmix.pipeline.batch import Views
+from cutnmix.pipeline.datasets import DataError, Dataset, first_undecodable
+from cutnmix.pipeline.distort import colour_matrix, hole_mask, pad_images, view_matrix, view_size
+from cutnmix.pipeline.plan import Distort, Plan
+
+# DALI makes its operators at run time and its stubs do not type the code of a graph: to the type checker they are Any.
+fn: Any = dali.fn
+math: Any = dali.math
+types: Any = dali.types
+pipeline_def: Any = dali.pipeline_def
+
+# The shorter side of a test image is scaled to 256 / 224 of the crop, then the centre is cut out: the field's standard.
+_CENTRE_FRACTION = 224 / 256
+
+
+class DaliLoader:
+    """Yields the Views of a plan, read, decoded and distorted by a DALI pipeline that prefetches.
+
+    Args:
+        dataset: arrays, or image files.
+        distort: which distortions the plans to come will draw.
+        device: a CUDA device runs the pipeline there, the CPU runs the same graph with `device_id=None`.
+        num_views: V.
+        batch_size: B, the most that a plan's step holds.
+        num_threads: DALI's CPU threads.
+        prefetch: batches that DALI works ahead.
+
+    Raises:
+        DataError: while iterating, naming the first image file that does not decode.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        distort: Distort,
+        device: torch.device | str = "cpu",
+        *,
+        num_views: int,
+        batch_size: int,
+        num_threads: int = 2,
+        prefetch: int = 2,
+    ):
+        self.device = torch.device(device)
+        self.dataset = dataset
+        self.distort = distort
+        self.num_views = num_views
+        self.label_N = torch.from_numpy(dataset.labels).to(self.device)
+        self.size = view_size(dataset, distort)
+        if dataset.in_memory:
+            self._padded_NHWC = pad_images(dataset.array, distort.pad)
+        self._feed: Iterator[list] = iter(())
+        self._started = False
+        on_gpu = self.device.type == "cuda"
+        pipeline = _graph(
+            self._next_feed,
+            dataset.in_memory,
+            distort,
+            self.size,
+            num_views,
+            on_gpu,
+            batch_size=batch_size,
+            num_threads=num_threads,
+            device_id=(self.device.index or 0) if on_gpu else None,
+            prefetch_queue_depth=prefetch,
+        )
+        names = [f"view{v}" for v in range(num_views)]
+        # prepare_first_batch would run the graph before there is a plan to run.
+        self._iterator = DALIGenericIterator(pipeline, names, prepare_first_batch=False)
+
+    def epoch(self, plan: Plan, start: int = 0) -> Iterator[Views]:
+        """The views of steps start, start + 1, ... of a plan. An epoch left early costs nothing but its prefetch."""
+        host = plan.to("cpu")
+        feed = (self._read(host, step) for step in range(start, len(plan)))
+        self._start(feed)
+        step = start
+        try:
+            for (outputs,) in self._iterator:
+                draws = plan.step(step)
+                image_VBHWC = torch.stack([outputs[f"view{v}"] for v in range(self.num_views)])
+                hole_VBHW = None if draws.hole_VB4 is None else hole_mask(draws.hole_VB4, self.size)
+                label_B = self.label_N[draws.index_B]
+                yield Views(image_VBHWC.permute(0, 1, 4, 2, 3), hole_VBHW, label_B, draws.index_B)
+                step += 1
+                if self._feed is not feed:
+                    raise RuntimeError("this epoch is over: a later epoch of the same loader has begun")
+        except RuntimeError as error:
+            self._name_culprit(error, host, step)
+            raise
+        finally:
+            if self._feed is feed:
+                self._feed = iter(())
+
+    def close(self) -> None:
+        """Release DALI's threads and buffers."""
+        del self._iterator
+
+    def _next_feed(self) -> list:
+        return next(self._feed)  # StopIteration ends DALI's epoch
+
+    def _read(self, plan: Plan, step: int) -> list:
+        """One batch for the external source: the images, then each view's arguments."""
+        draws = plan.step(step)
+        index_B = draws.index_B.numpy()
+        if self.dataset.in_memory:
+            feed: list = [self._padded_NHWC[index_B]]
+        else:
+            feed = [[np.frombuffer(str(self.dataset.files[i]).encode(), dtype=np.int8) for i in index_B]]
+        for v in range(self.num_views):
+            if draws.region_VB4 is not None:
+                feed += _columns(draws.region_VB4[v])
+            if draws.angle_VB is not None:
+                matrix_VB23 = view_matrix(draws.crop_VB2, draws.flip_VB, draws.angle_VB, self.size)
+                feed.append(matrix_VB23[v].numpy())
+            else:
+                slack = max(2 * self.distort.pad, 1) if self.dataset.in_memory else 1
+                feed += _columns(draws.crop_VB2[v].float() / slack)
+                feed.append(draws.flip_VB[v].int().numpy())
+            if draws.colour_VB4 is not None:
+                feed.append(colour_matrix(draws.colour_VB4)[v].numpy())
+        return feed
+
+    def _start(self, feed: Iterator[list]) -> None:
+        """Begin a DALI epoch. DALI ignores a reset before it saw the end of the last one, so show it that end first."""
+        self._feed = iter(())
+        if self._started:
+            for _ in self._iterator:  # what was prefetched of an epoch that was left early
+                pass
+        self._feed = feed
+        if self._started:
+            self._iterator.reset()
+        self._started = True
+
+    def _name_culprit(self, error: RuntimeError, plan: Plan, step: int) -> None:
+        """If an image of the batches in flight does not decode, say which one."""
+        if self.dataset.in_memory:
+            return
+        ahead = plan.index_N[step * plan.batch_size : (step + 4) * plan.batch_size].tolist()
+        found = first_undecodable(self.dataset.files[i] for i in ahead)
+        if found is not None:
+            path, reason = found
+            raise DataError(f"{path} does not decode ({reason}): repair or remove it") from error
+
+
+def _columns(table_BX: Tensor) -> list[np.ndarray]:
+    return [column.contiguous().numpy() for column in table_BX.unbind(-1)]
+
+
+def _num_arguments(distort: Distort, in_memory: bool) -> int:
+    """How many per-sample arguments a view is fed, in the order in which `_read` feeds and `_graph` takes them."""
+    region = 0 if in_memory or distort.region == "centre" else len(("scale", "ratio", "x", "y"))
+    geometry = len(("matrix",)) if distort.rotation else len(("crop_x", "crop_y", "mirror"))
+    return region + geometry + (len(("colour",)) if distort.colour.active else 0)
+
+
+@pipeline_def(exec_dynamic=True)
+def _graph(source, in_memory: bool, distort: Distort, size: tuple[int, int], num_views: int, on_gpu: bool):
+    """The one graph: read (and decode) once, then V times region, crop, flip or turn, and colour."""
+    total = 1 + num_views * _num_arguments(distort, in_memory)
+    layout = ["HWC" if in_memory else ""] + [""] * (total - 1)
+    image, *fed = fn.external_source(source=source, num_outputs=total, batch=True, layout=layout)
+    shape = None
+    if in_memory:
+        image = image.gpu() if on_gpu else image
+    else:
+        encoded = fn.io.file.read(image)
+        shape = fn.cast(fn.peek_image_shape(encoded), dtype=types.FLOAT)
+        image = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
+    views = []
+    for _ in range(num_views):
+        view = image
+        if not in_memory:
+            view, fed = _region(view, shape, distort, size, fed)
+        if distort.rotation:
+            matrix, *fed = fed
+            view = fn.warp_affine(view, matrix=matrix, inverse_map=True, size=size, fill_value=0, dtype=types.FLOAT)
+        else:
+            crop_x, crop_y, mirror, *fed = fed
+            view = fn.crop_mirror_normalize(  # of its three, crop and mirror: mean 0 and std 1 leave bytes as they are
+                view,
+                crop=size,
+                crop_pos_x=crop_x,
+                crop_pos_y=crop_y,
+                mirror=mirror,
+                mean=[0.0],
+                std=[1.0],
+                dtype=types.UINT8,
+                output_layout="HWC",
+            )
+        if distort.colour.active:
+            matrix, *fed = fed
+            view = fn.coord_transform(view, MT=matrix, dtype=types.FLOAT)
+        views.append(view)
+    return tuple(views)
+
+
+def _region(image: Any, shape: Any, distort: Distort, size: tuple[int, int], fed: list[Any]) -> tuple[Any, list[Any]]:
+    """The drawn region, or the centre, of an image of any size, scaled to `size`; and the arguments that are left."""
+    full_height, full_width = shape[0], shape[1]
+    if distort.region == "random":
+        scale, ratio, at_x, at_y, *fed = fed
+        area = full_height * full_width * scale
+        height = math.min(math.sqrt(area / ratio), full_height)
+        width = math.min(math.sqrt(area * ratio), full_width)
+    else:
+        height = width = math.min(full_height, full_width) * _CENTRE_FRACTION
+        at_x = at_y = 0.5
+    top, left = (full_height - height) * at_y, (full_width - width) * at_x
+    region = fn.resize(
+        image,
+        size=size,
+        roi_start=fn.stack(top, left),
+        roi_end=fn.stack(top + height, left + width),
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+    )
+    return region, fed

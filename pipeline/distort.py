@@ -1,0 +1,82 @@
+"""What a drawn distortion means, as plain formulae that every loader shares."""
+
+import functools
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cutnmix.pipeline.datasets import Dataset
+from cutnmix.pipeline.plan import Distort
+
+
+def view_size(dataset: Dataset, distort: Distort) -> tuple[int, int]:
+    """(H, W) of the views: the images' own size, or `image_size` for files of any size."""
+    if not dataset.in_memory:
+        return distort.image_size, distort.image_size
+    height, width = dataset.array.shape[1:3]
+    return height, width
+
+
+def pad_images(image_NHWC: np.ndarray, pad: int) -> np.ndarray:
+    """Zero (black) padding on all four sides, as torchvision's RandomCrop pads before normalisation."""
+    return np.pad(image_NHWC, ((0, 0), (pad, pad), (pad, pad), (0, 0))) if pad else image_NHWC
+
+
+def view_matrix(crop_VB2: Tensor, flip_VB: Tensor, angle_VB: Tensor, size: tuple[int, int]) -> Tensor:
+    """(V, B, 2, 3) float32: maps a point (x, y) of the view to its point in the padded image.
+
+    The view is the crop, flipped, then rotated by `angle` degrees counter-clockwise about its centre; one matrix and so
+    one interpolation for all three, and corners show real neighbours where the padded image has them. Pixel centres
+    stand at half-integers.
+    """
+    height, width = size
+    angle_VB = angle_VB.float() * (math.pi / 180)
+    cos_VB, sin_VB = angle_VB.cos(), angle_VB.sin()
+    sign_VB = 1 - 2 * flip_VB.float()
+    centre_x, centre_y = width / 2, height / 2
+    # y points down, so a counter-clockwise turn of the picture reads the source at R(angle) (p - c) with this sign.
+    row_x = torch.stack([sign_VB * cos_VB, -sign_VB * sin_VB], dim=-1)
+    row_y = torch.stack([sin_VB, cos_VB], dim=-1)
+    offset_x = centre_x + crop_VB2[..., 0] - row_x[..., 0] * centre_x - row_x[..., 1] * centre_y
+    offset_y = centre_y + crop_VB2[..., 1] - row_y[..., 0] * centre_x - row_y[..., 1] * centre_y
+    return torch.stack([torch.cat([row_x, offset_x[..., None]], -1), torch.cat([row_y, offset_y[..., None]], -1)], -2)
+
+
+# The NTSC luma/chroma axes (FCC 1953), in which saturation scales chroma and hue turns it.
+_RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.321), (0.211, -0.523, 0.311))
+
+
+@functools.cache
+def _yiq(device: torch.device) -> tuple[Tensor, Tensor]:
+    """RGB -> YIQ and back, copied to a device once: a copy a step would make the host wait."""
+    to_yiq_33 = torch.tensor(_RGB_TO_YIQ, dtype=torch.float64)
+    return to_yiq_33.float().to(device), torch.linalg.inv(to_yiq_33).float().to(device)
+
+
+def colour_matrix(colour_VB4: Tensor) -> Tensor:
+    """(V, B, 3, 4) float32 [A | b] with rgb' = A rgb + b for pixel values in [0, 255], not clamped.
+
+    A = brightness * contrast * inv(YIQ) @ chroma(hue, saturation) @ YIQ and b = brightness * 128 * (1 - contrast):
+    the formula of DALI's color_twist on 8-bit images.
+    """
+    brightness, contrast, saturation, hue = colour_VB4.float().unbind(-1)
+    hue = hue * (math.pi / 180)
+    zero, one = torch.zeros_like(hue), torch.ones_like(hue)
+    cos, sin = saturation * hue.cos(), saturation * hue.sin()
+    chroma_VB33 = torch.stack([one, zero, zero, zero, cos, sin, zero, -sin, cos], -1).unflatten(-1, (3, 3))
+    to_yiq_33, to_rgb_33 = _yiq(hue.device)
+    turn_VB33 = to_rgb_33 @ chroma_VB33 @ to_yiq_33
+    gain_VB11 = (brightness * contrast)[..., None, None]
+    offset_VB31 = (brightness * 128 * (1 - contrast))[..., None, None].expand(*hue.shape, 3, 1)
+    return torch.cat([gain_VB11 * turn_VB33, offset_VB31], dim=-1)
+
+
+def hole_mask(hole_VB4: Tensor, size: tuple[int, int]) -> Tensor:
+    """(V, B, H, W) bool, True inside the half-open boxes (x0, y0, x1, y1)."""
+    height, width = size
+    x_W, y_H = (torch.arange(n, device=hole_VB4.device) for n in (width, height))
+    x0, y0, x1, y1 = hole_VB4[..., None].unbind(-2)
+    in_x_VBW, in_y_VBH = (x_W >= x0) & (x_W < x1), (y_H >= y0) & (y_H < y1)
+    return in_y_VBH[..., :, None] & in_x_VBW[..., None, :]

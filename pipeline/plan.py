@@ -1,0 +1,297 @@
+"""The plan of an epoch: every random number that training will use, as a pure function of (seed, epoch).
+
+Loaders and the mix only execute a plan; they own no random state. Each kind of draw has its own counter-based stream,
+keyed by (seed, epoch, kind, view): so peer j's draws do not change when J does, switching one distortion on leaves all
+others as they were, and "resume at step s" is "continue the plan at step s".
+
+| draw | law | stream |
+|---|---|---|
+| order | uniform permutation of the N images, cut into batches; the last one may be smaller | ORDER |
+| crop | offset uniform over the (2 pad + 1)^2 positions of the image in its zero-padded self | CROP, view |
+| flip | left-right with probability `flip` | FLIP, view |
+| region | scale ~ U(crop_scale), log ratio ~ U(log crop_ratio), place ~ U inside; clamped to the image | REGION, view |
+| colour | brightness, contrast, saturation ~ U(1 - a, 1 + a), hue ~ U(-a, a) degrees | COLOUR, view |
+| angle | ~ U(-rotation, rotation) degrees about the centre of the view | ROTATION, view |
+| hole | a cutout x cutout square around a uniform pixel, clipped (DeVries and Taylor 2017) | CUTOUT, view |
+| partner | uniform permutation within each batch | PARTNER |
+| lam | l ~ Beta(alpha, alpha) with probability `probability`, else 1; then the box rule | LAMBDA |
+| box | see boxes.py; one for all peers under `cutmix`, one a peer under `cutnmix` | PLACE, peer |
+"""
+
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from cutnmix.pipeline.boxes import BoxRule, place_boxes
+
+
+class Stream(IntEnum):
+    """The kinds of draws. The numbers are part of a run's identity: never renumber."""
+
+    ORDER = 0
+    CROP = 1
+    FLIP = 2
+    REGION = 3
+    COLOUR = 4
+    ROTATION = 5
+    CUTOUT = 6
+    PARTNER = 7
+    LAMBDA = 8
+    PLACE = 9
+
+
+class _Law(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Colour(_Law):
+    """Half-widths of the colour draws; all 0 = off. Hue in degrees."""
+
+    brightness: Annotated[float, Field(ge=0, le=1)] = 0.0
+    contrast: Annotated[float, Field(ge=0, le=1)] = 0.0
+    saturation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    hue: Annotated[float, Field(ge=0, le=180)] = 0.0
+
+    @property
+    def active(self) -> bool:
+        """Whether any colour is drawn."""
+        return any((self.brightness, self.contrast, self.saturation, self.hue))
+
+
+class Distort(_Law):
+    """The law of one view's distortions (YAML group `distort`). Lengths in pixels, angles in degrees."""
+
+    pad: Annotated[int, Field(ge=0)] = 4  # data sets held as arrays only; zero (black) padding, then a random crop
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    colour: Colour = Colour()
+    rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
+    cutout: Annotated[int, Field(ge=0)] = 0
+    # The next three are for data sets of image files: a random resized crop, or the centre for evaluation.
+    image_size: Annotated[int, Field(ge=1)] = 224
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    region: Literal["random", "centre"] = "random"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Distort":
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop_scale must satisfy 0 < low <= high <= 1, not {self.crop_scale}")
+        low, high = self.crop_ratio
+        if not 0 < low <= high:
+            raise ValueError(f"crop_ratio must satisfy 0 < low <= high, not {self.crop_ratio}")
+        return self
+
+    def evaluation(self) -> "Distort":
+        """The same size with nothing random in it: what a test image goes through."""
+        return Distort(pad=0, flip=0.0, image_size=self.image_size, region="centre")
+
+
+class Mix(_Law):
+    """The law of the mix (YAML group `mix`). `box_rule` defaults to what each mix's definition says."""
+
+    name: Literal["none", "cutmix", "cutnmix"] = "none"
+    alpha: Annotated[float, Field(gt=0)] = 1.0
+    probability: Annotated[float, Field(ge=0, le=1)] = 1.0
+    box_rule: BoxRule | None = None
+
+    @property
+    def rule(self) -> BoxRule:
+        """`box_rule`, or the definition's own: clip_corrected for CutMix, clip_shared for CutnMix."""
+        return self.box_rule or ("clip_shared" if self.name == "cutnmix" else "clip_corrected")
+
+
+class Draws(NamedTuple):
+    """One step of a plan, on the device that executes it. A field is None where its distortion or the mix is off."""
+
+    index_B: Tensor  # int64, position in the data set
+    crop_VB2: Tensor  # int32, (x, y) offset into the padded image
+    flip_VB: Tensor  # bool
+    region_VB4: Tensor | None  # float32: scale, ratio, and position (x, y) in [0, 1]
+    colour_VB4: Tensor | None  # float32: brightness, contrast, saturation factors; hue in degrees
+    angle_VB: Tensor | None  # float32, degrees, counter-clockwise
+    hole_VB4: Tensor | None  # int32 box (x0, y0, x1, y1), half open
+    partner_B: Tensor | None  # int64, position in the batch
+    lam_L: Tensor | None  # float32
+    box_M4: Tensor | None  # int32 boxes; M = J under cutnmix, 1 under cutmix
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All draws of one epoch, as tensors. Fields as in Draws, over N positions or S steps instead of one batch."""
+
+    batch_size: int
+    index_N: Tensor
+    crop_VN2: Tensor
+    flip_VN: Tensor
+    region_VN4: Tensor | None
+    colour_VN4: Tensor | None
+    angle_VN: Tensor | None
+    hole_VN4: Tensor | None
+    partner_N: Tensor | None
+    lam_SL: Tensor | None
+    box_SM4: Tensor | None
+
+    def __len__(self) -> int:
+        """S, the number of steps of the epoch."""
+        return -(-self.index_N.shape[0] // self.batch_size)
+
+    @property
+    def num_views(self) -> int:
+        """V."""
+        return self.flip_VN.shape[0]
+
+    def to(self, device: torch.device | str) -> "Plan":
+        """The plan on a device: once an epoch, asynchronously (from pinned memory) where the device is a GPU."""
+        device = torch.device(device)
+
+        def move(field: Any) -> Any:
+            if not isinstance(field, Tensor):
+                return field
+            if device.type == "cuda" and field.device.type == "cpu":
+                return field.pin_memory().to(device, non_blocking=True)
+            return field.to(device)  # towards the host it must wait: what was not yet copied could be read
+
+        return Plan(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
+
+    def step(self, s: int) -> Draws:
+        """The draws of step s: views of the plan's tensors, no copies, no host synchronisation."""
+        at = slice(s * self.batch_size, (s + 1) * self.batch_size)
+
+        def per_view(field: Tensor | None) -> Tensor | None:
+            return None if field is None else field[:, at]
+
+        return Draws(
+            index_B=self.index_N[at],
+            crop_VB2=self.crop_VN2[:, at],
+            flip_VB=self.flip_VN[:, at],
+            region_VB4=per_view(self.region_VN4),
+            colour_VB4=per_view(self.colour_VN4),
+            angle_VB=per_view(self.angle_VN),
+            hole_VB4=per_view(self.hole_VN4),
+            partner_B=None if self.partner_N is None else self.partner_N[at],
+            lam_L=None if self.lam_SL is None else self.lam_SL[s],
+            box_M4=None if self.box_SM4 is None else self.box_SM4[s],
+        )
+
+
+def generator(seed: int, epoch: int, stream: Stream, view: int = 0) -> np.random.Generator:
+    """The counter-based (Philox) generator of one kind of draw."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch, int(stream), view])))
+
+
+def make_plan(
+    *,
+    seed: int,
+    epoch: int,
+    num_images: int,
+    size: tuple[int, int],
+    batch_size: int,
+    distort: Distort,
+    mix: Mix,
+    num_views: int,
+    num_peers: int,
+    files: bool = False,
+    shuffle: bool = True,
+    drop_last: bool = False,
+) -> Plan:
+    """The plan of one epoch on the host: a pure function of its arguments.
+
+    Args:
+        seed: the run's seed, >= 0.
+        epoch: the epoch's number, >= 0.
+        num_images: N, the size of the data set.
+        size: (H, W) of a view.
+        batch_size: B; the last batch holds what is left over, unless `drop_last`.
+        distort: the law of the distortions.
+        mix: the law of the mix.
+        num_views: V, J or 1 (all peers share one view).
+        num_peers: J, the number of boxes under cutnmix.
+        files: whether the images are files of any size (then regions are drawn, and no crop of a padded array).
+        shuffle: False keeps the data set's order (evaluation).
+        drop_last: drop the last batch if it is not full.
+    """
+    height, width = size
+    order_N = np.arange(num_images)
+    if shuffle:
+        order_N = generator(seed, epoch, Stream.ORDER).permutation(num_images)
+    if drop_last:
+        order_N = order_N[: num_images // batch_size * batch_size]
+    count = len(order_N)
+    steps = -(-count // batch_size)
+
+    def stacked(stream: Stream, draw) -> Tensor:
+        """draw(generator) for each view, stacked: (V, N, ...)."""
+        return torch.from_numpy(np.stack([draw(generator(seed, epoch, stream, view)) for view in range(num_views)]))
+
+    pad = 0 if files else distort.pad
+    crop_VN2 = stacked(Stream.CROP, lambda g: g.integers(0, 2 * pad + 1, (count, 2), dtype=np.int32))
+    flip_VN = stacked(Stream.FLIP, lambda g: g.random(count) < distort.flip)
+    region_VN4 = colour_VN4 = angle_VN = hole_VN4 = None
+    if files and distort.region == "random":
+        region_VN4 = stacked(Stream.REGION, lambda g: _regions(g, count, distort)).float()
+    if distort.colour.active:
+        colour_VN4 = stacked(Stream.COLOUR, lambda g: _colours(g, count, distort.colour)).float()
+    if distort.rotation:
+        angle_VN = stacked(Stream.ROTATION, lambda g: g.uniform(-distort.rotation, distort.rotation, count)).float()
+    if distort.cutout:
+        hole_VN4 = stacked(Stream.CUTOUT, lambda g: _holes(g, count, distort.cutout, width, height))
+
+    partner_N = lam_SL = box_SM4 = None
+    if mix.name != "none":
+        # Sorting by (step, uniform) is a uniform permutation within every batch at once, the smaller last included.
+        step_N = np.arange(count) // batch_size
+        key_N = generator(seed, epoch, Stream.PARTNER).random(count)
+        partner_N = torch.from_numpy(np.lexsort((key_N, step_N)) - step_N * batch_size)
+        lam_rng = generator(seed, epoch, Stream.LAMBDA)
+        lam_S = lam_rng.beta(mix.alpha, mix.alpha, steps)
+        lam_S = np.where(lam_rng.random(steps) < mix.probability, lam_S, 1.0)
+        centre_S2 = lam_rng.random((steps, 2))
+        num_boxes = num_peers if mix.name == "cutnmix" else 1
+        place_SM2 = np.stack(
+            [generator(seed, epoch, Stream.PLACE, peer).random((steps, 2)) for peer in range(num_boxes)], axis=1
+        )
+        box_SM4, lam_SL = place_boxes(
+            mix.rule,
+            nominal_lam=torch.from_numpy(lam_S),
+            centre_2=torch.from_numpy(centre_S2),
+            place_J2=torch.from_numpy(place_SM2),
+            width=width,
+            height=height,
+        )
+    return Plan(
+        batch_size=batch_size,
+        index_N=torch.from_numpy(order_N),
+        crop_VN2=crop_VN2,
+        flip_VN=flip_VN,
+        region_VN4=region_VN4,
+        colour_VN4=colour_VN4,
+        angle_VN=angle_VN,
+        hole_VN4=hole_VN4,
+        partner_N=partner_N,
+        lam_SL=lam_SL,
+        box_SM4=box_SM4,
+    )
+
+
+def _regions(rng: np.random.Generator, count: int, distort: Distort) -> np.ndarray:
+    scale = rng.uniform(*distort.crop_scale, count)
+    low, high = np.log(distort.crop_ratio)
+    ratio = np.exp(rng.uniform(low, high, count))
+    return np.concatenate([np.stack([scale, ratio], axis=1), rng.random((count, 2))], axis=1)
+
+
+def _colours(rng: np.random.Generator, count: int, colour: Colour) -> np.ndarray:
+    factors = [rng.uniform(1 - a, 1 + a, count) for a in (colour.brightness, colour.contrast, colour.saturation)]
+    return np.stack([*factors, rng.uniform(-colour.hue, colour.hue, count)], axis=1)
+
+
+def _holes(rng: np.random.Generator, count: int, length: int, width: int, height: int) -> np.ndarray:
+    size = np.array([width, height])
+    start = np.floor(rng.random((count, 2)) * size).astype(np.int32) - length // 2
+    return np.concatenate([np.clip(start, 0, size), np.clip(start + length, 0, size)], axis=1).astype(np.int32)
