@@ -1,0 +1,76 @@
+"""The loss formulae. All are means over the batch, in nats, one number a peer: (J,).
+
+float16 and bfloat16 come in, float32 is computed with (float64 stays float64), inside autocast as well: only softmax,
+sums and elementwise products are used, none of which autocast lowers.
+
+The pairwise terms over J peers cost O(J): every peer meets all others through sums over peers. Those sums, marked
+below, are the only places where peers see one another, and their size does not depend on J.
+"""
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The same numbers, in float32 if they came in a narrower type."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def log_probs(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-softmax of logits / T over the last axis, at least float32."""
+    return (at_least_float32(logits) / temperature).log_softmax(-1)
+
+
+def cross_entropy(logits_JBK: Tensor, target_LBK: Tensor) -> Tensor:
+    """CE_j = -mean_b sum_c target log softmax(z_j), for soft targets; returns (J,).
+
+    L is 1 (all peers share their targets) or J.
+    """
+    return -(target_LBK * log_probs(logits_JBK)).sum(-1).mean(-1)
+
+
+def kl(teacher_BK: Tensor, student_JBK: Tensor, temperature: float) -> Tensor:
+    """T^2 mean_b KL(softmax(teacher / T) || softmax(student_j / T)); returns (J,).
+
+    T^2 keeps the gradient's size when T changes (Hinton et al. 2015, arXiv:1503.02531, section 2).
+    Args: logits; the teacher's may be (B, K), one teacher for all peers, or (J, B, K), one each. It gets no gradient.
+    """
+    log_teacher_BK = log_probs(teacher_BK.detach(), temperature)
+    log_student_JBK = log_probs(student_JBK, temperature)
+    return temperature**2 * (log_teacher_BK.exp() * (log_teacher_BK - log_student_JBK)).sum(-1).mean(-1)
+
+
+def mutual_kl(logits_JBK: Tensor, temperature: float) -> Tensor:
+    """T^2 / (J - 1) sum_{k != j} mean_b KL(p_k || p_j), p = softmax(z / T), p_k detached; returns (J,). J >= 2.
+
+    With S = sum_k p_k and N = sum_k sum_c p_k log p_k, both detached, the pairs need not be visited:
+        sum_{k != j} KL(p_k || p_j) = (N - N_j) - (S - p_j) . log p_j
+    A difference of two entropies: where peers agree it may round to about -1e-6 instead of 0.
+    Source: L_DML of Eq. 4 of CutnMix (arXiv:2206.12370v2) with its T^2.
+    """
+    log_p_JBK = log_probs(logits_JBK, temperature)
+    log_target_JBK = log_p_JBK.detach()
+    p_JBK = log_target_JBK.exp()
+    negentropy_JB = (p_JBK * log_target_JBK).sum(-1)
+    p_BK, negentropy_B = p_JBK.sum(0), negentropy_JB.sum(0)  # over peers
+    kl_JB = (negentropy_B - negentropy_JB) - ((p_BK - p_JBK) * log_p_JBK).sum(-1)
+    return temperature**2 / (len(logits_JBK) - 1) * kl_JB.mean(-1)
+
+
+def mmd(feature_JBD: Tensor, detach: bool = True) -> Tensor:
+    """1 / (J - 1) sum_{k != j} ||m_j - m_k||^2, m_j = mean_b f_j; returns (J,). J >= 2.
+
+    The squared maximum mean discrepancy under a linear kernel, summed over the D features. Through the mean over peers,
+        sum_k ||m_j - m_k||^2 = J ||m_j - mbar||^2 + sum_k ||m_k - mbar||^2
+    which unlike the expansion into ||m||^2 does not cancel when the means are large and close.
+    With `detach` the m_k of the others get no gradient, so that of entry j is 2 / (J - 1) sum_k (m_j - m_k) for peer j
+    and none for the rest: it all comes from the first term, with mbar and the second held fixed. Without `detach`
+    every m gets its share from every entry, and the sum of the entries has twice that gradient.
+    Source: Eq. 9 of CutnMix (arXiv:2206.12370v2).
+    """
+    mean_JD = at_least_float32(feature_JBD).mean(1)
+    others_JD = mean_JD.detach() if detach else mean_JD
+    centre_D = others_JD.mean(0)  # over peers
+    spread = (others_JD - centre_D).square().sum()  # over peers
+    num_peers = len(feature_JBD)
+    return (num_peers * (mean_JD - centre_D).square().sum(-1) + spread) / (num_peers - 1)

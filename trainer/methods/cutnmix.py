@@ -1,0 +1,91 @@
+"""Online distillation with CutnMix: Shen, Xu, Yang, Li, Guo, "Mixed Sample Augmentation for Online Distillation",
+arXiv:2206.12370v2. The mix itself (Eq. 5-7) is pipeline/cutnmix.py; this is what peers learn from what it made.
+
+    L^j = CE(z^j, y~) + alpha L_DML^j + beta L_MMD^j + gamma L_PT^j                      Eq. 8
+    L_DML^j = T^2 / (J - 1) sum_{k != j} KL(p^k || p^j),    p = softmax(z / T)           Eq. 4
+    L_MMD^j = 1 / (J - 1) sum_{k != j} ||mean_b f^j - mean_b f^k||^2                     Eq. 9
+    L_PT^j  = T^2 KL(softmax(z^PT / T) || p^j),    z^PT = g(f^1, ..., f^J)               Eq. 10
+
+and the peer teacher g learns by CE(z^PT, y~), Algorithm 1 lines 10 and 12.
+
+Source: the paper; no code of its authors is public. Where it leaves a choice, or contradicts itself, ours:
+- T^2 belongs to L_DML: Eq. 4 has it, Eq. 8 lacks it, Eq. 1 and 10 carry it with their KL. `tau2: false` reads Eq. 8
+  to the letter, alpha KL without T^2.
+- D(student, teacher) in Eq. 1, 4 and 10 is read as KL(teacher || student), the direction of Hinton et al. and of DML,
+  which the paper builds on. All KL are means over the batch, though only Eq. 10 says so.
+- L^j is "the objective function of j-th network", so its gradient goes to peer j alone: p^k, the mean feature of f^k
+  and z^PT are held fixed in it. `mmd_detach: false` lets L_MMD^j pull f^k as well, which doubles its gradient.
+- The MMD is the squared norm, a sum over the D features (not their mean), of the globally averaged features after the
+  last ReLU. At beta = 0.3 it can outweigh the rest: watch its share of the loss.
+- Features, logits and teacher all see the mixed images (Algorithm 1 mixes before it computes them), and the teacher is
+  taught the mixed targets.
+- g is one linear layer on the concatenated features, as in PCL (AAAI 2021), which the paper cites for it.
+- Eq. 8 has no teacher term and Algorithm 1 updates peers and teacher apart, so the teacher's CE does not reach the
+  peers, and gamma does not scale it. In PCL it does reach them: `pt_grad_to_peers: true`.
+- Where the box rule gives every peer a target of its own (`clip_corrected`), the teacher's is their mean.
+- One optimizer steps peers and teacher together. As no gradient crosses, that equals one optimizer each.
+"""
+
+from math import inf
+
+from torch import Tensor, nn
+
+from cutnmix.models.peers import Outputs, Sizes
+from cutnmix.pipeline.batch import Batch
+from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl, mmd, mutual_kl
+
+
+class CutnMixDistillation(nn.Module):
+    """{"ce", "dml", "mmd", "pt", "pt_ce"}; a term of weight 0 is left out, and with gamma = 0 there is no teacher.
+
+    Raises: ValueError for `peers.count` < 2, `method.temperature` <= 0 or a negative weight `method.alpha`,
+    `method.beta`, `method.gamma`.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        *,
+        temperature: float = 3.0,
+        alpha: float = 0.6,
+        beta: float = 0.3,
+        gamma: float = 0.1,
+        tau2: bool = True,
+        mmd_detach: bool = True,
+        pt_grad_to_peers: bool = False,
+    ) -> None:
+        super().__init__()
+        if sizes.J < 2:
+            raise ValueError(f"peers.count must be at least 2 for cutnmix, got {sizes.J}: peers learn from each other")
+        if not 0 < temperature < inf:
+            raise ValueError(f"method.temperature must be > 0 and finite, got {temperature}")
+        for key, weight in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
+            if not 0 <= weight < inf:
+                raise ValueError(f"method.{key} must be >= 0 and finite, got {weight}")
+        self.temperature = temperature
+        self.alpha, self.beta, self.gamma = alpha if tau2 else alpha / temperature**2, beta, gamma
+        self.mmd_detach, self.pt_grad_to_peers = mmd_detach, pt_grad_to_peers
+        self.peer_teacher = nn.Linear(sizes.J * sizes.D, sizes.K) if gamma else None
+
+    def forward(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """All but pt_ce are sums over peers: peer j gets exactly the gradient of L^j, the teacher that of pt_ce."""
+        logits_JBK, feature_JBD = outputs
+        losses = {"ce": cross_entropy(logits_JBK, batch.target_LBK).sum()}
+        if self.alpha:
+            losses["dml"] = self.alpha * mutual_kl(logits_JBK, self.temperature).sum()
+        if self.beta:
+            losses["mmd"] = self.beta * mmd(feature_JBD, self.mmd_detach).sum()
+        teacher_BK = self.teacher(outputs)
+        if teacher_BK is not None:
+            losses["pt"] = self.gamma * kl(teacher_BK, logits_JBK, self.temperature).sum()
+            losses["pt_ce"] = cross_entropy(teacher_BK[None], batch.target_LBK.mean(0, keepdim=True)).sum()
+        return losses
+
+    def teacher(self, outputs: Outputs) -> Tensor | None:
+        """z^PT (B, K) = W concat_j f^j + b, the features detached unless `pt_grad_to_peers`; None if gamma = 0."""
+        if self.peer_teacher is None:
+            return None
+        feature_JBD = at_least_float32(outputs.feature_JBD)
+        if not self.pt_grad_to_peers:
+            feature_JBD = feature_JBD.detach()
+        return self.peer_teacher(feature_JBD.transpose(0, 1).flatten(1))

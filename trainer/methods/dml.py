@@ -1,0 +1,52 @@
+"""Deep mutual learning: Zhang, Xiang, Hospedales, Lu, CVPR 2018, arXiv:1706.00384.
+
+    L^j = CE(z^j, y) + alpha T^2 / (J - 1) sum_{k != j} KL(p^k || p^j),    p = softmax(z / T), p^k held fixed
+
+With T = 1 and alpha = 1 the paper's objective; T and alpha as in Eq. 4 of CutnMix (arXiv:2206.12370v2).
+By hand, one image, T = 1, p^1 = (1/2, 1/2), p^2 = (1/4, 3/4):
+    KL(p^2 || p^1) = 1/4 ln 1/2 + 3/4 ln 3/2 = 0.1308 is peer 1's term, KL(p^1 || p^2) = 1/2 ln 4/3 = 0.1438 peer 2's.
+
+Source: the paper and the authors' YingZhangDUT/Deep-Mutual-Learning. Deviations and readings:
+- All peers step at once, on the same batch and from the same forward passes. The authors' code updates one net after
+  the other, each on a fresh batch.
+- Divided by J - 1 as in the paper; the authors' code does not divide. The same at J = 2.
+- The paper has no temperature, so the default is 1. Public reimplementations differ here (T = 2 or 3 with T^2).
+- The others are detached, as the authors take each net's gradient with respect to its own weights alone.
+- No epsilon within the logarithm: log-softmax needs none.
+"""
+
+from math import inf
+
+from torch import Tensor, nn
+
+from cutnmix.models.peers import Outputs, Sizes
+from cutnmix.pipeline.batch import Batch
+from cutnmix.trainer.losses import cross_entropy, mutual_kl
+
+
+class DML(nn.Module):
+    """{"ce", "dml"}; "dml" is left out where alpha = 0.
+
+    Raises: ValueError for `peers.count` < 2, `method.temperature` <= 0 or `method.alpha` < 0.
+    """
+
+    def __init__(self, sizes: Sizes, *, temperature: float = 1.0, alpha: float = 1.0) -> None:
+        super().__init__()
+        if sizes.J < 2:
+            raise ValueError(f"peers.count must be at least 2 for dml, got {sizes.J}: peers learn from each other")
+        if not 0 < temperature < inf:
+            raise ValueError(f"method.temperature must be > 0 and finite, got {temperature}")
+        if not 0 <= alpha < inf:
+            raise ValueError(f"method.alpha must be >= 0 and finite, got {alpha}")
+        self.temperature, self.alpha = temperature, alpha
+
+    def forward(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Both are sums over peers, and with the others detached peer j gets exactly the gradient of L^j."""
+        losses = {"ce": cross_entropy(outputs.logits_JBK, batch.target_LBK).sum()}
+        if self.alpha:
+            losses["dml"] = self.alpha * mutual_kl(outputs.logits_JBK, self.temperature).sum()
+        return losses
+
+    def teacher(self, outputs: Outputs) -> None:
+        """No teacher."""
+        return None
