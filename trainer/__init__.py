@@ -1,0 +1,1 @@
+"""Peers, methods, the step, and the run that they make."""

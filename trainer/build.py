@@ -1,0 +1,158 @@
+"""From a Config to the parts of a run: data, loaders, peers, method, optimizer, step. Bad ones are refused here."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cutnmix.models.peers import Peers
+from cutnmix.pipeline.datasets import Dataset, Splits, load_splits
+from cutnmix.pipeline.distort import view_size
+from cutnmix.pipeline.loader import Loader, make_loader
+from cutnmix.pipeline.mix import MixBatch
+from cutnmix.pipeline.plan import Mix, Plan, make_plan
+from cutnmix.trainer.config import Config, ConfigError
+from cutnmix.trainer.device import Setting, choose, compile_modules
+from cutnmix.trainer.methods import METHODS
+from cutnmix.trainer.step import Learner, Step
+
+METHOD_STREAM = 0x6D657468  # "meth": keeps a method's initial weights apart from the peers'
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that the training loop and the evaluation work with."""
+
+    config: Config
+    setting: Setting
+    splits: Splits
+    loader: Loader
+    test_loader: Loader
+    learner: Learner
+    step: Step
+    test_step: Step
+
+    def plan(self, epoch: int) -> Plan:
+        """The training plan of an epoch, on the device."""
+        config, train = self.config, self.splits.train
+        return make_plan(
+            seed=config.seed,
+            epoch=epoch,
+            num_images=len(train),
+            size=view_size(train, config.distort),
+            batch_size=config.batch_size,
+            distort=config.distort,
+            mix=config.mix,
+            num_views=config.num_views,
+            num_peers=config.peers.count,
+            files=not train.in_memory,
+            drop_last=config.loader.drop_last,
+        ).to(self.setting.device)
+
+    def test_plan(self) -> Plan:
+        """The test images in order, one view for all peers, nothing random."""
+        config, test = self.config, self.splits.test
+        return make_plan(
+            seed=config.seed,
+            epoch=0,
+            num_images=len(test),
+            size=view_size(test, config.distort),
+            batch_size=config.eval_batch_size,
+            distort=config.distort.evaluation(),
+            mix=Mix(),
+            num_views=1,
+            num_peers=1,
+            files=not test.in_memory,
+            shuffle=False,
+        ).to(self.setting.device)
+
+    def close(self) -> None:
+        """Release the loaders' threads."""
+        self.loader.close()
+        self.test_loader.close()
+
+
+def build(config: Config) -> Parts:
+    """Everything, on the device and checked; nothing is written.
+
+    Raises:
+        ConfigError, DataError: naming the key or the file.
+    """
+    setting = choose(config)
+    data = config.data
+    splits = load_splits(
+        data.name, data.root, classes=data.classes, images_per_class=data.images_per_class, download=data.download
+    )
+    if config.loader.drop_last and len(splits.train) < config.batch_size:
+        raise ConfigError(
+            f"batch_size: {config.batch_size} is more than the {len(splits.train)} training images, "
+            f"and loader.drop_last drops a batch that is not full"
+        )
+    learner = _learner(config, len(splits.train.classes), setting)
+    step, test_step = (
+        Step(_mix(config, split, setting), setting.device.type, setting.dtype, compiled=setting.compile == "step")
+        for split in splits
+    )
+    compile_modules(setting.compile, setting.device, *learner.peers.nets, learner.method, step.mix, test_step.mix)
+    on_gpu = setting.device.type == "cuda"
+    threads = config.loader.threads or (min(8, torch.get_num_threads()) if on_gpu else 1)
+
+    def loader(split: Dataset, distort, num_views: int, batch_size: int) -> Loader:
+        return make_loader(
+            config.loader.name,
+            split,
+            distort,
+            setting.device,
+            num_views=num_views,
+            batch_size=batch_size,
+            num_threads=threads,
+            prefetch=config.loader.prefetch,
+        )
+
+    return Parts(
+        config=config,
+        setting=setting,
+        splits=splits,
+        loader=loader(splits.train, config.distort, config.num_views, config.batch_size),
+        test_loader=loader(splits.test, config.distort.evaluation(), 1, config.eval_batch_size),
+        learner=learner,
+        step=step,
+        test_step=test_step,
+    )
+
+
+def _mix(config: Config, split: Dataset, setting: Setting) -> MixBatch:
+    return MixBatch(
+        mean=split.mean,
+        std=split.std,
+        size=view_size(split, config.distort),
+        num_classes=len(split.classes),
+        dtype=setting.dtype,
+        channels_last=config.channels_last,
+    ).to(setting.device)
+
+
+def _learner(config: Config, num_classes: int, setting: Setting) -> Learner:
+    try:
+        peers = Peers(config.peers.network, count=config.peers.count, num_classes=num_classes, seed=config.seed)
+        keys: dict[str, Any] = {key: value for key, value in config.method.items() if key != "name"}
+        state = np.random.SeedSequence([config.seed, METHOD_STREAM]).generate_state(1, np.uint64)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(state[0]))
+            method = METHODS[config.method["name"]](peers.sizes, **keys)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    peers, method = peers.to(setting.device), method.to(setting.device)
+    if config.channels_last:
+        peers.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in torch's stub)
+    optimizer = torch.optim.SGD(
+        [*peers.parameters(), *method.parameters()],
+        lr=config.optimizer.lr,
+        momentum=config.optimizer.momentum,
+        nesterov=config.optimizer.nesterov,
+        weight_decay=config.optimizer.weight_decay,
+        fused=True,  # one kernel for all tensors; under fp16 the only form that skips an overflow without a host sync
+    )
+    scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.dtype == torch.float16)
+    return Learner(peers, method, optimizer, scaler)

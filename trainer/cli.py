@@ -1,0 +1,91 @@
+"""The command line: cutnmix train | evaluate | report."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cutnmix.pipeline.datasets import DataError
+from cutnmix.trainer.config import ConfigError, load_config
+from cutnmix.trainer.display import Display, scores_table
+from cutnmix.trainer.figures import draw_curves
+from cutnmix.trainer.folder import RunError, RunFolder, Stopped
+
+EXIT_USAGE = 2
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped by SIGTERM with its state saved; a scheduler may start the same command again
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Online knowledge distillation of J peers on J distorted, cut-and-mixed views.",
+    pretty_exceptions_enable=False,
+)
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for example epochs=10 method=dml")
+]
+Run = Annotated[Path, typer.Argument(help="a run's folder")]
+
+
+@app.command()
+def train(config: Annotated[str, typer.Argument(help="a shipped recipe or a YAML file")], overrides: Overrides = None):
+    """Train a recipe. resume=auto goes on where an interrupted run stopped."""
+    from cutnmix.trainer.run import train as run  # torch, DALI and TensorBoard take seconds: not for --help
+
+    run(load_config(config, overrides or []))
+
+
+@app.command()
+def evaluate(run: Run, best: Annotated[bool, typer.Option(help="best.pt, chosen on the test images")] = False):
+    """Score a run's last checkpoint on its test images."""
+    from cutnmix.trainer import checkpoint
+    from cutnmix.trainer.build import build
+    from cutnmix.trainer.run import score
+
+    folder = RunFolder(run)
+    config = folder.read_config()
+    path = folder.best if best else folder.last
+    if not path.exists():
+        raise RunError(f"{path} is not there: the run has not saved a checkpoint yet")
+    parts = build(config)
+    try:
+        position, _, _ = checkpoint.restore(checkpoint.load(path, parts.setting.device), parts.learner)
+        Display().console.print(scores_table(score(parts), f"{run}, {path.name}: {position.epoch} epochs"))
+    finally:
+        parts.close()
+
+
+@app.command()
+def report(run: Run):
+    """Show a run's last evaluation and draw its curves anew; works while it trains."""
+    folder = RunFolder(run)
+    folder.read_config()
+    records = folder.records()
+    tests = [record for record in records if record["kind"] == "test"]
+    display = Display()
+    if tests:
+        best = max(tests, key=lambda record: record["scores"]["mean"]["top1"])
+        display.console.print(scores_table(tests[-1]["scores"], f"{run}, epoch {tests[-1]['epoch']}"))
+        display.note(f"best epoch on the test images: {best['epoch']}, mean {best['scores']['mean']['top1']:.2f}")
+    else:
+        display.note(f"{run}: no evaluation yet, {len(records)} training records")
+    draw_curves(records, folder.curves, run.name)
+    display.note(f"curves: {folder.curves}")
+
+
+def main() -> None:
+    """Run the command line; what the user can mend is one line on standard error, without a traceback."""
+    try:
+        app()
+    except (ConfigError, DataError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        sys.exit(EXIT_REQUEUE if error.signum == signal.SIGTERM else EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

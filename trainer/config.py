@@ -1,0 +1,278 @@
+"""A run's configuration: a YAML file and KEY=VALUE overrides in, one validated Config or one clear ConfigError out.
+
+Everything is checked before any work is done: an unknown key is refused with the nearest valid one, a wrong value with
+the allowed ones, and each message says whether the file or the command line is to blame.
+"""
+
+import difflib
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+
+from cutnmix.configs import shipped
+from cutnmix.pipeline.plan import Distort, Mix
+from cutnmix.trainer.methods import METHODS
+
+
+class ConfigError(Exception):
+    """The configuration is wrong; the message names the key, where it was set, and what is allowed."""
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(_Group):
+    """Which images."""
+
+    name: str = "cifar100"  # an entry of cutnmix.pipeline.datasets.DATASETS
+    root: Path | None = None
+    classes: Annotated[int, Field(ge=2)] | list[int | str] | None = None
+    images_per_class: Annotated[int, Field(ge=1)] | None = None
+    download: bool = True
+
+
+class Loader(_Group):
+    """How they reach the device. auto: dali where it is installed, resident elsewhere; both give the same pixels."""
+
+    name: Literal["auto", "dali", "resident"] = "auto"
+    threads: Annotated[int, Field(ge=1)] | None = None  # of DALI; None: 1 beside CPU training, up to 8 beside a GPU
+    prefetch: Annotated[int, Field(ge=1)] = 2
+    drop_last: bool = False
+
+
+class PeersGroup(_Group):
+    """Who learns."""
+
+    network: str = "resnet32"
+    count: Annotated[int, Field(ge=1)] = 2
+
+
+class Optimizer(_Group):
+    """SGD. `accumulate` batches make one update."""
+
+    lr: Annotated[float, Field(gt=0)] = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = True
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    accumulate: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> "Optimizer":
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov: true needs momentum > 0")
+        return self
+
+
+class Schedule(_Group):
+    """The factor on lr over time, see trainer/schedule.py. Milestones and warm-up in epochs."""
+
+    name: Literal["step", "cosine", "constant"] = "step"
+    milestones: list[Annotated[float, Field(ge=0)]] = [150, 180, 210]
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Checkpoint(_Group):
+    """When the state is written; always at the end of the run and on SIGTERM."""
+
+    every_epochs: Annotated[int, Field(ge=1)] = 1
+    every_steps: Annotated[int, Field(ge=1)] | None = None
+    best: bool = True  # keep best.pt too: the best TEST accuracy of the peers' mean, named as such
+
+
+class Config(_Group):
+    """All of a run. The defaults are the paper's recipe."""
+
+    name: str | None = None  # the run's folder under `runs`; None: made from the keys that tell runs apart
+    runs: Path = Path("runs")
+    seed: Annotated[int, Field(ge=0)] = 95
+    epochs: Annotated[int, Field(ge=1)] = 240
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    eval_batch_size: Annotated[int, Field(ge=1)] = 256
+    views: Literal["shared", "per_peer"] = "per_peer"
+    mix: Mix = Mix(name="cutnmix")
+    method: dict[str, Any] = {"name": "cutnmix"}
+    data: Data = Data()
+    distort: Distort = Distort()
+    loader: Loader = Loader()
+    peers: PeersGroup = PeersGroup()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    checkpoint: Checkpoint = Checkpoint()
+    device: str = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    channels_last: bool = True
+    compile: Literal["auto", "none", "peers", "step"] = "auto"
+    deterministic: bool = False
+    resume: Literal["never", "auto"] = "never"
+    log_every: Annotated[int, Field(ge=1)] = 50  # steps
+    eval_every: Annotated[int, Field(ge=1)] = 1  # epochs; the last one is always evaluated
+
+    @property
+    def num_views(self) -> int:
+        """V."""
+        return self.peers.count if self.views == "per_peer" else 1
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        peers = f"{self.peers.network}x{self.peers.count}"
+        parts = (self.data.name, peers, self.method["name"], self.mix.name, self.views, f"seed{self.seed}")
+        return self.runs / (self.name or "-".join(parts))
+
+    @staticmethod
+    def _refuse(group: str, values: BaseModel, keys: set[str], under: str) -> None:
+        fields = type(values).model_fields
+        if stray := [f"{group}.{key}" for key in sorted(keys) if getattr(values, key) != fields[key].default]:
+            raise ValueError(f"{', '.join(stray)} would do nothing under {under}")
+
+    @model_validator(mode="after")
+    def _keys_that_belong_together(self) -> "Config":
+        if self.mix.name == "none":
+            self._refuse("mix", self.mix, {"alpha", "probability", "box_rule"}, "mix.name: none")
+        unused = {"pad"} if self.data.name == "folder" else {"image_size", "crop_scale", "crop_ratio", "region"}
+        self._refuse("distort", self.distort, unused, f"data.name: {self.data.name}")
+        return self
+
+
+# A bare name at one of these is short for {name: ...}. Under the second kind the other keys belong to the old name, so
+# a new name drops them; under the first kind they stay.
+_KEEP_ON_RENAME = ("data", "loader")
+_DROP_ON_RENAME = ("mix", "method", "schedule")
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The Config of a YAML file, or of a shipped recipe by name, with KEY=VALUE overrides applied in order.
+
+    Keys are dotted paths (`optimizer.lr=0.1`), values YAML. A bare name at data, loader, mix, method or schedule sets
+    its `name` (`method=dml`).
+
+    Raises:
+        ConfigError: naming the key, where it was set, and what is allowed.
+    """
+    path = _find(source)
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must be a mapping of keys, such as `epochs: 240`")
+    for group in (*_KEEP_ON_RENAME, *_DROP_ON_RENAME):
+        if isinstance(tree.get(group), str):
+            tree[group] = {"name": tree[group]}
+    overridden = [_override(tree, text) for text in overrides]
+
+    def origin(key: str) -> str:
+        related = any(f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.") for k in overridden)
+        return "command line" if key and related else str(path)
+
+    try:
+        config = Config(**tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item, origin) for item in error.errors())) from None
+    except TypeError as error:  # keys that are no strings
+        raise ConfigError(f"{path}: {error}") from None
+    return config.model_copy(update={"method": _checked_method(config.method, origin)})
+
+
+def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
+    """The Config of an already resolved tree, such as a run folder's config.yaml."""
+    try:
+        return Config(**tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item, lambda _: source) for item in error.errors())) from None
+
+
+def dump_config(config: Config) -> dict[str, Any]:
+    """The resolved tree, plain YAML types only; `parse_config` gives the same Config back."""
+    return config.model_dump(mode="json")
+
+
+def _find(source: str | Path) -> Path:
+    recipes = shipped()
+    if str(source) in recipes:
+        return recipes[str(source)]
+    if Path(source).is_file():
+        return Path(source)
+    hint = _did_you_mean(str(source), recipes)
+    raise ConfigError(f"{source}: neither a YAML file nor a shipped recipe ({', '.join(recipes)}){hint}")
+
+
+def _override(tree: dict[str, Any], text: str) -> str:
+    """Apply one KEY=VALUE to the tree; returns the key that it set."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{text}: write KEY=VALUE, such as epochs=10 or optimizer.lr=0.1")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{text}: the value is not YAML: {error}") from error
+    *groups, last = key.split(".")
+    node = tree
+    for group in groups:
+        child = node.setdefault(group, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{text}: {group} is a value, not a group of keys")
+        node = child
+    if isinstance(parsed, str) and key in _DROP_ON_RENAME:
+        if not isinstance(tree.get(key), dict) or tree[key].get("name") != parsed:
+            tree[key] = {"name": parsed}
+    elif isinstance(parsed, str) and key in _KEEP_ON_RENAME:
+        tree[key] = {**tree.get(key, {}), "name": parsed}
+    else:
+        node[last] = parsed
+    return key
+
+
+def _checked_method(method: dict[str, Any], origin) -> dict[str, Any]:
+    """The method's keys, complete with defaults, checked against its constructor's signature."""
+    name = method.get("name")
+    if name not in METHODS:
+        raise ConfigError(
+            f"method.name ({origin('method.name')}): {name!r} is not a method; "
+            f"allowed: {', '.join(METHODS)}{_did_you_mean(str(name), METHODS)}"
+        )
+    parameters = inspect.signature(METHODS[name]).parameters.values()
+    keys: dict[str, Any] = {p.name: (p.annotation, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
+    schema = create_model(name, __config__=ConfigDict(extra="forbid"), **keys)
+    try:
+        checked = schema(**{key: value for key, value in method.items() if key != "name"})
+    except ValidationError as error:
+        lines = (_explain(item, origin, prefix=("method",), fields=list(keys)) for item in error.errors())
+        raise ConfigError("\n".join(lines)) from None
+    return {"name": name, **checked.model_dump()}
+
+
+def _explain(item: Any, origin, prefix: tuple[str, ...] = (), fields: list[str] | None = None) -> str:
+    """One line for one of pydantic's complaints."""
+    path = [*prefix, *(str(part) for part in item["loc"])]
+    key = ".".join(path)
+    where = f"{key} ({origin(key)})" if key else origin("")
+    if item["type"] == "extra_forbidden":
+        allowed = fields if fields is not None else _fields_at(path[:-1])
+        group = ".".join(path[:-1])
+        siblings = ", ".join(allowed)
+        return f"{where}: unknown key{_did_you_mean(path[-1], allowed, group)}; allowed here: {siblings}"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" + (f", got {item['input']!r}" if item["type"] != "value_error" else "")
+
+
+def _fields_at(path: Sequence[str]) -> list[str]:
+    """The keys of the group at a dotted path of Config."""
+    model: type[BaseModel] = Config
+    for part in path:
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _did_you_mean(word: str, allowed, group: str = "") -> str:
+    near = difflib.get_close_matches(word, list(allowed), n=1)
+    return f"; did you mean {group + '.' if group else ''}{near[0]}?" if near else ""

@@ -1,0 +1,90 @@
+"""What is fastest on the device at hand: `auto` keys resolved by measured defaults (figures in benchmarks/LOG.md)."""
+
+import os
+import platform
+import shutil
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from cutnmix.trainer.config import Config, ConfigError
+
+
+class Setting(NamedTuple):
+    """The resolved device keys of a run."""
+
+    device: torch.device
+    dtype: torch.dtype  # of autocast; float32 means none
+    compile: str  # none, peers or step
+    notes: list[str]  # lines for the user about what could not be had
+
+
+def choose(config: Config) -> Setting:
+    """Resolve device, precision and compile.
+
+    Precision: bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a CPU. Compile: one graph a peer on
+    a GPU (compile time does not grow with J); nothing on a CPU, where it costs more than it gives in a short run and
+    bf16 in channels_last runs several times slower compiled than eagerly.
+
+    Raises:
+        ConfigError: for a device that is not there.
+    """
+    device = _device(config.device)
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    dtype = dtypes.get(config.precision) or _fast_dtype(device)
+    grain, notes = config.compile, []
+    if grain == "auto":
+        grain = "peers" if device.type == "cuda" else "none"
+    if grain != "none" and (missing := _missing_compiler(device)):
+        notes.append(f"torch.compile needs {missing}, which is not here: running eagerly, with the same results")
+        grain = "none"
+    return Setting(device, dtype, grain, notes)
+
+
+def compile_modules(grain: str, device: torch.device, *modules: nn.Module) -> None:
+    """Compile each module in place where the grain is `peers`; state dict keys stay as they are."""
+    if grain == "none":
+        return
+    if device.type == "cuda" and torch.__version__.startswith("2.14"):
+        # Inductor 2.14 decides the layout of backward graphs without seeing their convolutions, and copies
+        # NHWC <-> NCHW around each (pytorch#189239).
+        import torch._inductor.config as inductor
+
+        inductor.force_layout_optimization = True
+    if grain == "peers":
+        for module in modules:
+            module.compile(dynamic=False)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: {name!r} is no device; write auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: {name!r} is not supported; write auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: {name} is not here; torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _fast_dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _missing_compiler(device: torch.device) -> str | None:
+    """What torch.compile lacks on this machine, or None."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "Triton"
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    if platform.system() == "Windows":
+        names = ["cl"]
+    return None if any(shutil.which(name) for name in names) else f"a C++ compiler ({' or '.join(names)})"

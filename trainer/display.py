@@ -1,0 +1,97 @@
+"""What a run shows: a live bar on a terminal, a line an evaluation anywhere else."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from cutnmix.trainer.folder import RunFolder
+
+_ORDER = ("mean", "best_peer", "ensemble", "teacher")
+
+
+class Display:
+    """Owns the console. On a terminal: epoch, step, images/s, loss parts and ETA, live; elsewhere no bar at all."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(highlight=False)
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._epochs = 0
+        self._steps = 1
+
+    def note(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, soft_wrap=True)
+
+    def start(self, folder: Path, epochs: int, steps_per_epoch: int, done: int) -> None:
+        """Begin at global step `done`."""
+        self._epochs, self._steps = epochs, steps_per_epoch
+        self.note(f"{folder}: {epochs} epochs of {steps_per_epoch} steps")
+        if not self.console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]} step {task.fields[step]}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            TextColumn("{task.fields[losses]}"),
+            console=self.console,
+            expand=True,
+        )
+        self._task = self._progress.add_task(
+            "", total=epochs * steps_per_epoch, completed=done, rate="", losses="", epoch="", step=""
+        )
+        self._progress.start()
+
+    def advance(self) -> None:
+        """One step more."""
+        if self._progress:
+            done = int(self._progress.tasks[0].completed) + 1
+            epoch, step = divmod(done - 1, self._steps)
+            self._progress.update(
+                self._task,
+                completed=done,
+                epoch=f"{epoch + 1}/{self._epochs}",
+                step=f"{step + 1}/{self._steps}",
+            )
+
+    def losses(self, losses: dict[str, float], images_per_s: float) -> None:
+        """The means that were just logged."""
+        if self._progress:
+            text = " ".join(f"{name} {value:.3g}" for name, value in losses.items())
+            self._progress.update(self._task, rate=f"{images_per_s:,.0f} images/s", losses=text)
+
+    def scores(self, epoch: int, scores: dict[str, dict[str, float]]) -> None:
+        """One line for one evaluation."""
+        parts = [f"{name.replace('_', ' ')} {scores[name]['top1']:.2f}" for name in _ORDER if name in scores]
+        width = len(str(self._epochs))
+        self.note(f"epoch {epoch:{width}}/{self._epochs}  top-1 %: {', '.join(parts)}")
+
+    def stop(self) -> None:
+        """Leave the terminal as it was."""
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+    def finish(self, folder: RunFolder, result: dict[str, Any]) -> None:
+        """The table of the last epoch, and where to look."""
+        self.console.print(scores_table(result["last_epoch"]["scores"], f"{folder.path.name}, last epoch"))
+        self.note(f"curves: {folder.curves}   one batch: {folder.batch}   all numbers: {folder.result}")
+
+
+def scores_table(scores: dict[str, dict[str, float]], title: str) -> Table:
+    """A row each for the mean (the headline), the peers, the best of them, the ensemble and the teacher."""
+    table = Table("", "top-1 %", "top-5 %", "NLL", "ECE %", title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    peers = sorted((name for name in scores if name[4:].isdigit()), key=lambda name: int(name[4:]))
+    for name in ("mean", *peers, *(name for name in _ORDER[1:] if name in scores)):
+        score = scores[name]
+        cells = (f"{score['top1']:.2f}", f"{score['top5']:.2f}", f"{score['nll']:.3f}", f"{score['ece']:.2f}")
+        table.add_row(name.replace("_", " "), *cells, style="bold" if name == "mean" else "")
+    return table

@@ -1,0 +1,266 @@
+"""Two pictures of a run: its curves, and one batch from which CutnMix can be understood at a glance.
+
+matplotlib's objects only, never pyplot: no global state changes and no display is needed. A file appears whole or not
+at all. Colours are those of Okabe and Ito (2008), which colour-blind readers tell apart; one thing has one colour.
+"""
+
+import os
+import warnings
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from torch import Tensor
+
+from cutnmix.pipeline.batch import Batch, Views
+from cutnmix.pipeline.plan import Draws
+
+Style = dict[str, Any]
+Curve = tuple[str, np.ndarray, np.ndarray, Style]  # label ("" for none), x, y, style
+
+INK, SKY, BLUE, ORANGE = "#222222", "#56b4e9", "#0072b2", "#e69f00"
+GREEN, PURPLE, VERMILLION = "#009e73", "#cc79a7", "#d55e00"
+LOSS_STYLES: dict[str, Style] = {
+    "ce": {"color": BLUE},
+    "dml": {"color": ORANGE},
+    "mmd": {"color": PURPLE},
+    "pt": {"color": GREEN},
+    "pt_ce": {"color": GREEN, "linestyle": "--"},
+    "total": {"color": INK, "linewidth": 2},
+}
+SCORE_STYLES: dict[str, Style] = {
+    "teacher": {"color": GREEN, "linewidth": 1.6},
+    "ensemble": {"color": VERMILLION, "linewidth": 1.6},
+    "mean": {"color": INK, "linewidth": 2.6},
+}
+MAX_PEERS = 4  # drawn as pictures, or labelled one by one
+MARGIN, CELL, GAP = 1.35, 1.78, 0.16  # inches in the picture of a batch; a mask and 6 images make 15 inches
+
+
+def draw_curves(records: list[dict], path: Path, title: str) -> None:
+    """A run's metrics.jsonl as a PNG 1500 pixels wide: losses, learning rate, test accuracy and test NLL by epoch.
+
+    A value that is not finite is a cross on the upper edge of its panel; one that is missing leaves no point.
+    Of records of one kind and step, as a run cut off and resumed may leave them, the last counts.
+    """
+    latest = {(record["kind"], record["step"]): record for record in records}
+    ordered = sorted(latest.values(), key=lambda record: record["step"])
+    train, test = ([record for record in ordered if record["kind"] == kind] for kind in ("train", "test"))
+    figure = _figure(15, 9.2)
+    grid = {"left": 0.06, "right": 0.885, "bottom": 0.065, "top": 0.9, "wspace": 0.44, "hspace": 0.16}
+    (loss, accuracy), (lr, nll) = figure.subplots(2, 2, sharex=True, gridspec_kw=grid | {"height_ratios": (3, 2)})
+    figure.text(0.02, 0.965, title, fontsize=15, weight="bold", va="center", parse_math=False)
+    end = max((record["epoch"] for record in ordered), default=0) or 1
+    loss.set_xlim(-0.01 * end, 1.01 * end)
+
+    others = cycle([{"color": color, "linestyle": ":"} for color in (VERMILLION, SKY, INK)])
+    names = dict.fromkeys(name for record in train for name in record["loss"])
+    points = {name: [(record["epoch"], record["loss"].get(name)) for record in train] for name in names}
+    losses = [_curve(name, "{:.3g}", points[name], LOSS_STYLES.get(name) or next(others)) for name in names]
+    _panel(loss, losses, "Training loss: weighted terms, each summed over peers", "loss (nats; mmd: squared)", log=True)
+
+    rate = [(record["epoch"], record["lr"]) for record in train]
+    stairs = len({value for _, value in rate}) <= 10  # milestones, not a smooth schedule
+    style = {"color": INK, "drawstyle": "steps-post" if stairs else "default"}
+    _panel(lr, [_curve("lr", "{:.3g}", rate, style)], "Learning rate", "learning rate", log=stairs)
+    _panel(accuracy, _scores(test, "top1", "{:.1f} %"), "Test accuracy", "top-1 accuracy (%)")
+    _panel(nll, _scores(test, "nll", "{:.3f}"), "Test negative log-likelihood", "NLL (nats)")
+    lr.set_xlabel("epoch")
+    nll.set_xlabel("epoch")
+    _save(figure, path)
+
+
+def _scores(test: list[dict], key: str, form: str) -> list[Curve]:
+    """A line a peer, their mean, ensemble and teacher. A single peer is its own mean and ensemble."""
+    points: dict[str, list] = {}
+    for record in test:
+        for name, scores in record["scores"].items():
+            points.setdefault(name, []).append((record["epoch"], scores.get(key)))
+    peers = sorted((name for name in points if name[4:].isdigit()), key=lambda name: int(name[4:]))
+    if len(peers) == 1:
+        styles = {"teacher": SCORE_STYLES["teacher"], peers[0]: SCORE_STYLES["mean"]}
+    else:
+        styles = {name: {"color": SKY, "linewidth": 1} for name in peers} | SCORE_STYLES
+    curves = {name: _curve(name, form, points[name], style) for name, style in styles.items() if name in points}
+    drawn = [name for name in peers if curves[name][0]]
+    if len(peers) > MAX_PEERS and drawn:
+        low, *_, high = ranked = sorted(drawn, key=lambda name: curves[name][2][-1])
+        label = f"{len(peers)} peers\n{curves[low][2][-1]:.4g} to {form.format(curves[high][2][-1])}"
+        middle = ranked[len(ranked) // 2]
+        curves |= {name: (label if name == middle else "", *curves[name][1:]) for name in peers}
+    return list(curves.values())
+
+
+def _curve(name: str, form: str, points: list, style: Style) -> Curve:
+    """A curve labelled with its last value; None stands for what was not recorded."""
+    x, y = np.array([point for point in points if point[1] is not None], dtype=float).reshape(-1, 2).T
+    return (f"{name}  {form.format(y[-1])}" if len(y) else "", x, y, style)
+
+
+def _panel(axes: Axes, curves: list[Curve], title: str, unit: str, log: bool = False) -> None:
+    axes.set_title(title, loc="left", fontsize=12)
+    axes.set_ylabel(unit)
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    for _, x, y, style in curves:
+        finite = np.isfinite(y)
+        marker = {"marker": "o", "markersize": 4} if finite.sum() <= 12 else {}
+        axes.plot(x[finite], y[finite], **{"linewidth": 1.4} | marker | style)
+        edge = {"transform": axes.get_xaxis_transform(), "clip_on": False, "color": style["color"]}
+        axes.plot(x[~finite], np.ones((~finite).sum()), "x", **edge)
+    values = np.concatenate([np.empty(0), *(y[np.isfinite(y)] for _, _, y, _ in curves)])
+    positive = values[values > 0]
+    if not values.size:
+        axes.text(0.5, 0.5, "nothing yet", ha="center", color="#888888", transform=axes.transAxes)
+    elif log and positive.size and values.min() > -1e-3 * values.max():  # a term that vanishes may round to below 0
+        axes.set_yscale("log")
+        axes.set_ylim(max(positive.min(), 1e-5 * np.median(positive)) / 1.5, values.max() * 1.5)
+    _label_ends(axes, [curve for curve in curves if curve[0]])
+
+
+def _label_ends(axes: Axes, curves: list[Curve]) -> None:
+    """Each curve's label to the right of its end, moved as little as keeps the labels apart."""
+    from sklearn.isotonic import isotonic_regression  # here, because importing it takes a second
+
+    if not curves:
+        return
+    low, high = axes.get_ylim()  # settles the limits, on which the transform depends
+    to_axes = axes.transData + axes.transAxes.inverted()
+    ends = np.ones((len(curves), 2))
+    for end, (_, x, y, _) in zip(ends, curves, strict=True):
+        if np.isfinite(y).any():
+            last = np.flatnonzero(np.isfinite(y))[-1]
+            end[:] = to_axes.transform((x[last], np.clip(y[last], low, high)))
+    order = np.argsort(ends[:, 1], kind="stable")
+    lines = np.array([curves[i][0].count("\n") + 1 for i in order])
+    height = axes.get_window_extent().height / axes.figure.dpi * 72  # points, of which a line of text takes 13
+    offset = np.concatenate([[0], np.cumsum(lines[1:] + lines[:-1]) / 2]) * 13 / height
+    offset *= min(1, 1 / max(offset[-1], 1e-9))
+    at = isotonic_regression(ends[order, 1] - offset, y_min=0, y_max=1 - offset[-1]) + offset
+    for i, y in zip(order, at, strict=True):
+        label, _, _, style = curves[i]
+        lead = {"color": style["color"], "linestyle": style.get("linestyle", "-"), "linewidth": 1}
+        axes.plot([ends[i, 0], 1.03, 1.055], [ends[i, 1], y, y], transform=axes.transAxes, clip_on=False, **lead)
+        axes.text(1.065, y, label, va="center", fontsize=10, transform=axes.transAxes, parse_math=False)
+
+
+def draw_batch(
+    views: Views,
+    batch: Batch,
+    draws: Draws,
+    *,
+    classes: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    path: Path,
+    num_images: int = 6,
+) -> None:
+    """The first images of a batch as a PNG: a column an image, with its view and its partner's view above their mix.
+
+    Args:
+        views, batch: before and after the mix, on any device. Peers 0 to 3 are drawn.
+        draws: what the mix executed; where it has no boxes, only the views are drawn.
+        classes: K names.
+        mean, std: per channel, of pixels scaled to [0, 1], as the batch was normalised.
+        path: of the file.
+        num_images: columns, at most the batch's size.
+    """
+    mean_C11, std_C11 = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
+    view_VBCHW = views.image_VBCHW[:MAX_PEERS].cpu().float() / 255
+    if views.hole_VBHW is not None:
+        view_VBCHW = torch.where(views.hole_VBHW[:MAX_PEERS, :, None].cpu(), mean_C11, view_VBCHW)
+    mixed_VBCHW = batch.image_VBCHW[:MAX_PEERS, :num_images].cpu().float() * std_C11 + mean_C11
+    target_LBK, label_B = batch.target_LBK[:MAX_PEERS, :num_images].cpu(), views.label_B.tolist()
+    boxes, partner_B, lam_L = (
+        [] if draw is None else draw.tolist() for draw in (draws.box_M4, draws.partner_B, draws.lam_L)
+    )
+    num_views, num_peers, mixes = len(view_VBCHW), len(batch.image_VBCHW), bool(boxes)
+    height, width = view_VBCHW.shape[-2:]
+
+    # A canvas in inches, y downwards; `top` is where the next row begins, and at last the canvas's height.
+    own, side = (BLUE, (CELL - GAP / 2) / 2) if mixes else (INK, CELL)
+    left = [MARGIN + (CELL + GAP) * (i + mixes) for i in range(mixed_VBCHW.shape[1])]
+    figure = _figure(max(9, left[-1] + CELL + GAP), 1)
+    canvas = figure.add_axes((0, 0, 1, 1))
+    canvas.set_axis_off()
+
+    def write(x: float, y: float, text: str, color: str = INK, **style: Any) -> None:
+        canvas.text(x, y, text, color=color, parse_math=False, **{"fontsize": 10, "va": "center"} | style)
+
+    def show(image_CHW: Tensor, x: float, side: float, color: str, box: list[int] | None = None) -> None:
+        pixels = image_CHW.clamp(0, 1).permute(1, 2, 0).expand(-1, -1, 3).numpy()
+        shape = side, side * height / width
+        canvas.imshow(pixels, extent=(x, x + shape[0], top + shape[1], top), aspect="auto", interpolation="nearest")
+        canvas.add_patch(Rectangle((x, top), *shape, fill=False, color=color, linewidth=1.5))
+        if box and box[0] < box[2] and box[1] < box[3]:
+            x0, y0, x1, y1 = (side / width * pixel for pixel in box)
+            cut = Rectangle((x + x0, top + y0), x1 - x0, y1 - y0, fill=False, color=VERMILLION, linewidth=2)
+            cut.set_path_effects([withStroke(linewidth=4, foreground="white")])
+            canvas.add_patch(cut)
+
+    title = "One training batch, " + ("mixed with lam = " if mixes else "not mixed")
+    title += ", ".join(f"{lam:.2f}" for lam in lam_L[:MAX_PEERS])
+    title += f"  (the first {MAX_PEERS} of {num_peers} peers)" if num_peers > MAX_PEERS else ""
+    write(GAP, 0.3, title, fontsize=15, weight="bold")
+    top = 0.6
+    for j, mixed_BCHW in enumerate(mixed_VBCHW):
+        box = boxes[j % len(boxes)] if mixes else [0, 0, 0, 0]
+        if j < num_views:
+            middle = top + side * height / width / 2 - 0.11 * mixes
+            write(left[0] - GAP, middle, f"peer {j}: view" if num_views > 1 else "all peers: view", own, ha="right")
+            if mixes:
+                write(left[0] - GAP, middle + 0.22, "its partner's view", VERMILLION, ha="right")
+            for i, x in enumerate(left):
+                show(view_VBCHW[j, i], x, side, own)
+                if mixes:
+                    show(view_VBCHW[j, partner_B[i]], x + CELL - side, side, VERMILLION, box)
+            top += side * height / width + GAP / 2
+        if mixes:
+            middle, kept = top + CELL * height / width / 2, 1 - (box[2] - box[0]) * (box[3] - box[1]) / (width * height)
+            write(MARGIN - GAP, middle - 0.11, f"peer {j}: mixed" if num_peers > 1 else "all peers: mixed", ha="right")
+            write(MARGIN - GAP, middle + 0.11, f"{kept:.0%} kept", ha="right")
+            mask_3HW = torch.tensor(to_rgb(BLUE))[:, None, None].repeat(1, height, width)
+            mask_3HW[:, box[1] : box[3], box[0] : box[2]] = torch.tensor(to_rgb(VERMILLION))[:, None, None]
+            show(mask_3HW, MARGIN, CELL, INK)
+            for image_CHW, x in zip(mixed_BCHW, left, strict=True):
+                show(image_CHW, x, CELL, INK, box)
+            top += CELL * height / width
+        if j == len(mixed_VBCHW) - 1 or j < len(target_LBK) - 1:
+            for x, label, target_K in zip(left, label_B, target_LBK[min(j, len(target_LBK) - 1)], strict=False):
+                weights = {label: target_K[label].item()} | dict(enumerate(target_K.tolist()))
+                lines = [f"{weight:.2f} {classes[k]}" for k, weight in weights.items() if weight > 0][:2]
+                for n, line in enumerate(lines):
+                    write(x, top + 0.15 + 0.2 * n, ("+ " if n else "") + line, VERMILLION if n else own)
+            top += 0.45
+        top += GAP
+    figure.set_figheight(top)
+    canvas.set(xlim=(0, figure.get_figwidth()), ylim=(top, 0))
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches, 100 pixels each."""
+    figure = Figure((width, height), dpi=100, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """PNG, whole or not at all: what another process reads meanwhile is the old file."""
+    whole = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # class names in other scripts
+            figure.savefig(whole, format="png")
+        os.replace(whole, path)
+    finally:
+        whole.unlink(missing_ok=True)

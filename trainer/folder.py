@@ -1,0 +1,148 @@
+"""A run is a folder: what is in it, who may write to it, and how an interrupted one goes on.
+
+config.yaml               the resolved configuration
+metrics.jsonl             a record a line: {"kind": "train" | "test", "epoch", "step", ...}
+tensorboard/              the same, for TensorBoard
+batch.png, curves.png     one batch as the peers see it; losses, accuracies, learning rate
+checkpoints/last.pt       the state to resume from
+checkpoints/best.pt       the best TEST accuracy (mean of the peers), chosen on the test images and named for it
+peers/peer0.safetensors   the final weights, one file a peer
+result.json               the last epoch's scores, hardware, versions
+"""
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from cutnmix.trainer.checkpoint import Position
+from cutnmix.trainer.config import Config, ConfigError, dump_config, parse_config
+
+# Keys that may differ when a run is resumed: they change neither the data nor the arithmetic.
+_FREE_ON_RESUME = {"name", "runs", "resume", "loader", "checkpoint", "log_every"}
+
+
+class RunError(Exception):
+    """A run folder is taken, missing, or belongs to another run; or the run itself went wrong."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; its state is saved and resume=auto goes on."""
+
+    def __init__(self, signum: int, folder: Path):
+        super().__init__(f"stopped by {signal.Signals(signum).name}; {folder} is saved: resume=auto goes on from there")
+        self.signum = signum
+
+
+class RunFolder:
+    """The paths of a run, and the rules about them."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.batch = path / "batch.png"
+        self.curves = path / "curves.png"
+        self.last = path / "checkpoints" / "last.pt"
+        self.best = path / "checkpoints" / "best.pt"
+        self.peers = path / "peers"
+        self.result = path / "result.json"
+
+    def check(self, config: Config) -> None:
+        """Refuse to mix two runs in one folder.
+
+        Raises:
+            RunError: the folder holds a run and `resume` is never, or it holds a run with other keys.
+        """
+        if not self.config.exists():
+            return
+        if config.resume == "never":
+            raise RunError(f"{self.path} holds a run already: resume=auto goes on with it, name=NAME starts another")
+        before, now = _flat(dump_config(self.read_config())), _flat(dump_config(config))
+        changed = [
+            f"{key} (was {before.get(key)!r}, now {now.get(key)!r})"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and key.split(".")[0] not in _FREE_ON_RESUME
+        ]
+        if changed:
+            raise RunError(f"{self.path} was started with other keys: {'; '.join(changed)}; name=NAME starts another")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder; the lock dies with the process, however it ends.
+
+        Raises:
+            RunError: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(f"{self.path} is in use by another process") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def begin(self, config: Config) -> None:
+        """Make the sub-folders and write the resolved configuration."""
+        for folder in (self.last.parent, self.peers, self.tensorboard):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.config, yaml.safe_dump(dump_config(config), sort_keys=False))
+
+    def read_config(self) -> Config:
+        """The configuration that the run was started with."""
+        try:
+            return parse_config(yaml.safe_load(self.config.read_text()), str(self.config))
+        except FileNotFoundError:
+            raise RunError(f"{self.path} is not a run: it has no config.yaml") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{self.config}: {error}") from error
+
+    def append(self, record: dict[str, Any]) -> None:
+        """One more line of metrics.jsonl, on the disk when this returns."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def records(self) -> list[dict[str, Any]]:
+        """All complete lines of metrics.jsonl (a kill can cut the last one short)."""
+        if not self.metrics.exists():
+            return []
+        text = self.metrics.read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def rewind(self, position: Position, global_step: int) -> None:
+        """Drop the records of what the checkpoint at `position` has not seen: it will be done, and written, again."""
+        kept = [
+            record
+            for record in self.records()
+            if (record["epoch"] <= position.epoch if record["kind"] == "test" else record["step"] <= global_step)
+        ]
+        write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Old or new, never half."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

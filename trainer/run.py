@@ -1,0 +1,270 @@
+"""The training loop: epochs of steps, an evaluation after each, everything on record, resumable at any step."""
+
+import json
+import math
+import platform
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.utils.tensorboard import SummaryWriter
+
+from cutnmix.pipeline.plan import Plan
+from cutnmix.trainer import checkpoint
+from cutnmix.trainer.build import Parts, build
+from cutnmix.trainer.checkpoint import Position
+from cutnmix.trainer.config import Config
+from cutnmix.trainer.display import Display
+from cutnmix.trainer.figures import draw_batch, draw_curves
+from cutnmix.trainer.folder import RunError, RunFolder, Stopped, write_atomically
+from cutnmix.trainer.metrics import Scores, evaluate
+from cutnmix.trainer.schedule import lr_factor
+from cutnmix.trainer.step import Tally
+
+
+def train(config: Config, display: Display | None = None) -> dict[str, Any]:
+    """Train to the end (from the last checkpoint, under resume=auto) and return what result.json holds.
+
+    Raises:
+        ConfigError, DataError, RunError: before any work is done, naming the key, file or folder; RunError also when
+            the loss is no longer finite.
+        Stopped: on SIGTERM or SIGINT, after saving (in the main thread; elsewhere signals are the caller's).
+    """
+    display = display or Display()
+    folder = RunFolder(config.folder)
+    folder.check(config)
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.manual_seed(config.seed)
+    parts = build(config)
+    for note in parts.setting.notes:
+        display.note(note)
+    with folder.locked(), _signals() as requested:
+        folder.check(config)  # again: another process may have started it meanwhile
+        folder.begin(config)
+        try:
+            return _Run(config, parts, folder, display, requested).go()
+        finally:
+            parts.close()
+
+
+class _Run:
+    """The loop's own state: where it is, what it has seen since the last record, and whom it tells."""
+
+    def __init__(self, config: Config, parts: Parts, folder: RunFolder, display: Display, requested: list[int]):
+        self.config, self.parts, self.folder, self.display = config, parts, folder, display
+        self.requested = requested
+        self.position, self.tally, self.best_top1 = Position(0, 0), Tally([]), -math.inf
+        self.steps_per_epoch = len(parts.plan(0))
+        self.timer = _Timer()
+        if config.resume == "auto" and folder.last.exists():
+            state = checkpoint.load(folder.last, parts.setting.device)
+            self.position, self.tally, self.best_top1 = checkpoint.restore(state, parts.learner)
+            display.note(f"{folder.path}: going on at epoch {self.position.epoch + 1}, step {self.position.step}")
+        folder.rewind(self.position, self.global_step)
+        self.writer = SummaryWriter(str(folder.tensorboard), purge_step=self.global_step + 1)
+
+    @property
+    def global_step(self) -> int:
+        return self.position.epoch * self.steps_per_epoch + self.position.step
+
+    def go(self) -> dict[str, Any]:
+        """All epochs that are left."""
+        config = self.config
+        self.display.start(self.folder.path, config.epochs, self.steps_per_epoch, self.global_step)
+        try:
+            while self.position.epoch < config.epochs:
+                self._epoch()
+        finally:
+            self.writer.close()
+            self.display.stop()
+        return self._finish()
+
+    def _epoch(self) -> None:
+        config, epoch, start = self.config, self.position.epoch, self.position.step
+        plan = self.parts.plan(epoch)
+        group = config.optimizer.accumulate
+        self.timer = _Timer()
+        for step, views in enumerate(self.parts.loader.epoch(plan, start), start):
+            if self.global_step == 0:
+                self._draw_first_batch(plan, views)
+            first = step - step % group  # the batches first, first + 1, ... < last make one update
+            last = min(first + group, len(plan))
+            lr = config.optimizer.lr * lr_factor(config.schedule, epoch + (step + 1) / len(plan), config.epochs)
+            self.parts.step.train(
+                self.parts.learner,
+                views,
+                plan.step(step),
+                self.tally,
+                lr=lr,
+                share=1 / (last - first),
+                update=step + 1 == last,
+            )
+            self.position = Position(epoch, step + 1)
+            self.timer.images += len(views.index_B)
+            self.display.advance()
+            if (step + 1) % config.log_every == 0 or step + 1 == len(plan):
+                self._log(epoch + (step + 1) / len(plan), lr)
+            at_update = step + 1 == last  # gradients between two updates are no part of a checkpoint
+            if at_update and config.checkpoint.every_steps and (step + 1) % config.checkpoint.every_steps == 0:
+                self._save()
+            if at_update:
+                self._poll()
+        done = epoch + 1
+        if done % config.eval_every == 0 or done == config.epochs:
+            self._test(done)
+        self.position = Position(done, 0)
+        if done % config.checkpoint.every_epochs == 0 or done == config.epochs:
+            self._save()
+
+    def _log(self, epoch: float, lr: float) -> None:
+        losses = self.tally.read()
+        if not math.isfinite(losses["total"]):
+            bad = ", ".join(name for name, value in losses.items() if not math.isfinite(value))
+            raise RunError(
+                f"step {self.global_step}: {bad} is not finite; lower optimizer.lr, or resume from the last checkpoint "
+                f"with another precision"
+            )
+        top1 = losses.pop("top1")
+        record = {
+            "kind": "train",
+            "epoch": round(epoch, 6),
+            "step": self.global_step,
+            "lr": lr,
+            "loss": losses,
+            "top1": top1,
+            "images_per_s": self.timer.read(),
+        }
+        self._record(record, {**{f"loss/{k}": v for k, v in losses.items()}, "train/top1": top1, "train/lr": lr})
+        self.display.losses(losses, record["images_per_s"])
+
+    def _test(self, done: int) -> None:
+        scores = score(self.parts, poll=self._poll)
+        record = {"kind": "test", "epoch": done, "step": self.global_step, "scores": scores}
+        flat = {f"test/{key}/{name}": value for name, score in scores.items() for key, value in score.items()}
+        self._record(record, flat)
+        self.display.scores(done, scores)
+        if scores["mean"]["top1"] > self.best_top1:
+            self.best_top1 = scores["mean"]["top1"]
+            if self.config.checkpoint.best:
+                self._save(self.folder.best)
+
+    def _record(self, record: dict[str, Any], scalars: dict[str, float]) -> None:
+        self.folder.append(record)
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, record["step"])
+
+    def _save(self, path: Path | None = None) -> None:
+        checkpoint.save(path or self.folder.last, self.parts.learner, self.position, self.tally, self.best_top1)
+
+    def _poll(self) -> None:
+        if self.requested:
+            self._save()
+            raise Stopped(self.requested[0], self.folder.path)
+
+    def _draw_first_batch(self, plan: Plan, views) -> None:
+        batch = self.parts.step.mix(views, plan.step(0))
+        train = self.parts.splits.train
+        draw_batch(
+            views, batch, plan.step(0), classes=train.classes, mean=train.mean, std=train.std, path=self.folder.batch
+        )
+
+    def _finish(self) -> dict[str, Any]:
+        records = self.folder.records()
+        tests = [record for record in records if record["kind"] == "test"]
+        last, best = tests[-1], max(tests, key=lambda record: record["scores"]["mean"]["top1"])
+        export_peers(self.parts, self.folder.peers)
+        result = {
+            "headline": {"what": "last epoch, mean over peers, top-1 percent", "top1": last["scores"]["mean"]["top1"]},
+            "last_epoch": {"epoch": last["epoch"], "scores": last["scores"]},
+            "best_epoch_on_test": {"epoch": best["epoch"], "scores": best["scores"]},
+            "images_per_s": statistics.median(r["images_per_s"] for r in records if r["kind"] == "train"),
+            "steps": self.global_step,
+            "parameters": sum(p.numel() for p in self.parts.learner.peers.parameters()),
+            "hardware": hardware(self.parts.setting.device),
+            "precision": str(self.parts.setting.dtype).removeprefix("torch."),
+            "compile": self.parts.setting.compile,
+            "versions": {name: version(name) for name in ("cutnmix", "torch", "kornia", "numpy")},
+        }
+        write_atomically(self.folder.result, json.dumps(result, indent=2) + "\n")
+        draw_curves(records, self.folder.curves, self.folder.path.name)
+        self.display.finish(self.folder, result)
+        return result
+
+
+def score(parts: Parts, poll=lambda: None) -> Scores:
+    """The scores of the peers as they are now, on all test images."""
+    plan = parts.test_plan()
+    return evaluate(
+        parts.learner,
+        parts.test_step,
+        parts.test_loader.epoch(plan),
+        plan,
+        num_classes=len(parts.splits.test.classes),
+        poll=poll,
+    )
+
+
+def export_peers(parts: Parts, folder: Path) -> None:
+    """peerJ.safetensors: the state dict of each peer's plain network, with its name and class count as metadata."""
+    meta = {"network": parts.config.peers.network, "num_classes": str(len(parts.splits.train.classes))}
+    for j, net in enumerate(parts.learner.peers.nets):
+        weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+        save_file(weights, folder / f"peer{j}.safetensors", metadata=meta)
+
+
+def hardware(device: torch.device) -> str:
+    """One line: the GPU, or the CPU with its cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+
+
+class _Timer:
+    """Images per second since the last reading, evaluation excluded (an epoch starts a new one)."""
+
+    def __init__(self) -> None:
+        self.images, self.since = 0, time.perf_counter()
+
+    def read(self) -> float:
+        now = time.perf_counter()
+        rate = self.images / (now - self.since)
+        self.images, self.since = 0, now
+        return round(rate, 1)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT append to the list instead of killing; the second SIGINT is an ordinary KeyboardInterrupt."""
+    requested: list[int] = []
+    before: dict[int, Any] = {}
+
+    def handler(signum: int, _frame: Any) -> None:
+        requested.append(signum)
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            before[signum] = signal.signal(signum, handler)
+    except ValueError:  # not the main thread: signals stay the caller's
+        pass
+    try:
+        yield requested
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)

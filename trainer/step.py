@@ -1,0 +1,103 @@
+"""One training step: mix, J forwards, the method's losses, one backward, one optimizer over all peers.
+
+No branch on the method, and no host synchronisation: what is logged stays on the device until somebody reads it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cutnmix.models.peers import Outputs, Peers
+from cutnmix.pipeline.batch import Batch, Views
+from cutnmix.pipeline.mix import MixBatch
+from cutnmix.pipeline.plan import Draws
+
+
+@dataclass
+class Learner:
+    """Everything that a step changes, and so everything that a checkpoint must hold."""
+
+    peers: Peers
+    method: Any  # an nn.Module that keeps the contract of cutnmix.trainer.methods.Method
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested state dicts, by field name."""
+        return {name: getattr(self, name).state_dict() for name in ("peers", "method", "optimizer", "scaler")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        for name, part in state.items():
+            getattr(self, name).load_state_dict(part)
+
+
+@dataclass
+class Tally:
+    """Sums over the steps since the last reading: each loss, the total, and the target weight of the predicted class.
+
+    The tensor is a running sum on the device, the count a number on the host; `read` is the only synchronisation.
+    """
+
+    names: list[str]
+    sums: Tensor | None = None
+    steps: int = 0
+
+    def add(self, losses: dict[str, Tensor], logits_JBK: Tensor, batch: Batch) -> None:
+        """Add one step. Under a mix, predicting a class counts by its share of the target, so lam-weighted top-1."""
+        self.names = [*losses, "top1"]
+        guess_JB1 = logits_JBK.detach().argmax(-1, keepdim=True)
+        target_JBK = batch.target_LBK.expand(logits_JBK.shape[0], -1, -1)
+        hit = 100 * target_JBK.gather(-1, guess_JB1).mean()
+        values = torch.stack([*(loss.detach().float() for loss in losses.values()), hit])
+        self.sums = values if self.sums is None else self.sums + values
+        self.steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Means since the last reading, and start anew: {loss names ..., "total", "top1" in percent}."""
+        if self.sums is None:
+            return {}
+        means = dict(zip(self.names, (self.sums / self.steps).tolist(), strict=True))
+        top1 = means.pop("top1")
+        self.sums, self.steps = None, 0
+        return {**means, "total": sum(means.values()), "top1": top1}
+
+
+class Step:
+    """`forward`: one batch's losses. `train`: the same, and the update.
+
+    Args:
+        mix: Views and Draws to Batch.
+        device_type: of autocast.
+        dtype: of autocast; float32 means none.
+        compiled: compile mix, peers and method as one graph.
+    """
+
+    def __init__(self, mix: MixBatch, device_type: str, dtype: torch.dtype, *, compiled: bool = False):
+        self.mix, self.device_type, self.dtype = mix, device_type, dtype
+        self._forward = torch.compile(self.forward, dynamic=False) if compiled else self.forward
+
+    def forward(self, learner: Learner, views: Views, draws: Draws) -> tuple[Batch, Outputs, dict[str, Tensor]]:
+        """One batch through the mix, the peers and the method. The losses are float32 whatever autocast does."""
+        batch = self.mix(views, draws)
+        with torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            outputs = learner.peers(batch.image_VBCHW)
+            losses = learner.method(outputs, batch)
+        return batch, outputs, losses
+
+    def train(
+        self, learner: Learner, views: Views, draws: Draws, tally: Tally, *, lr: float, share: float, update: bool
+    ) -> None:
+        """One batch's gradients, weighed by `share` (1 / the batches of this update); then the update, if it is due."""
+        batch, outputs, losses = self._forward(learner, views, draws)
+        total = torch.stack(list(losses.values())).sum()
+        learner.scaler.scale(total * share).backward()
+        tally.add(losses, outputs.logits_JBK, batch)
+        if update:
+            for group in learner.optimizer.param_groups:
+                group["lr"] = lr
+            learner.scaler.step(learner.optimizer)
+            learner.scaler.update()
+            learner.optimizer.zero_grad(set_to_none=True)
