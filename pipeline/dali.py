@@ -16,7 +16,15 @@ from torch import Tensor
 
 from cutnmix.pipeline.batch import Views
 from cutnmix.pipeline.datasets import DataError, Dataset, first_undecodable
-from cutnmix.pipeline.distort import colour_matrix, hole_mask, pad_images, view_matrix, view_size
+from cutnmix.pipeline.distort import (
+    beside_mirror,
+    colour_matrix,
+    crop_start,
+    hole_mask,
+    pad_images,
+    view_matrix,
+    view_size,
+)
 from cutnmix.pipeline.plan import Distort, Plan
 
 # DALI makes its operators at run time and its stubs do not type the code of a graph: to the type checker they are Any.
@@ -63,7 +71,9 @@ class DaliLoader:
         self.label_N = torch.from_numpy(dataset.labels).to(self.device)
         self.size = view_size(dataset, distort)
         if dataset.in_memory:
-            self._padded_NHWC = pad_images(dataset.array, distort.pad)
+            padded_NHWC = pad_images(dataset.array, distort.pad)
+            # A rotated view reads beyond the edge of its image, where there must be no mirror image but black.
+            self._source_NHWC = padded_NHWC if distort.rotation else beside_mirror(padded_NHWC)
         self._feed: Iterator[list] = iter(())
         self._started = False
         on_gpu = self.device.type == "cuda"
@@ -118,7 +128,7 @@ class DaliLoader:
         draws = plan.step(step)
         index_B = draws.index_B.numpy()
         if self.dataset.in_memory:
-            feed: list = [self._padded_NHWC[index_B]]
+            feed: list = [self._source_NHWC[index_B]]
         else:
             feed = [[np.frombuffer(str(self.dataset.files[i]).encode(), dtype=np.int8) for i in index_B]]
         for v in range(self.num_views):
@@ -127,9 +137,10 @@ class DaliLoader:
             if draws.angle_VB is not None:
                 matrix_VB23 = view_matrix(draws.crop_VB2, draws.flip_VB, draws.angle_VB, self.size)
                 feed.append(matrix_VB23[v].numpy())
+            elif self.dataset.in_memory:
+                start_VB2 = crop_start(draws.crop_VB2, draws.flip_VB, self.size[1], self.distort.pad)
+                feed.append(start_VB2[v].numpy())
             else:
-                slack = max(2 * self.distort.pad, 1) if self.dataset.in_memory else 1
-                feed += _columns(draws.crop_VB2[v].float() / slack)
                 feed.append(draws.flip_VB[v].int().numpy())
             if draws.colour_VB4 is not None:
                 feed.append(colour_matrix(draws.colour_VB4)[v].numpy())
@@ -163,14 +174,15 @@ def _columns(table_BX: Tensor) -> list[np.ndarray]:
 
 def _num_arguments(distort: Distort, in_memory: bool) -> int:
     """How many per-sample arguments a view is fed, in the order in which `_read` feeds and `_graph` takes them."""
-    region = 0 if in_memory or distort.region == "centre" else len(("scale", "ratio", "x", "y"))
-    geometry = len(("matrix",)) if distort.rotation else len(("crop_x", "crop_y", "mirror"))
-    return region + geometry + (len(("colour",)) if distort.colour.active else 0)
+    region = 0 if in_memory or distort.region == "centre" else 4  # scale, ratio, x, y
+    colour = 1 if distort.colour.active else 0  # matrix
+    return region + 1 + colour  # the 1: matrix of a rotation, or start of a crop, or mirror flag
 
 
 @pipeline_def(exec_dynamic=True)
 def _graph(source, in_memory: bool, distort: Distort, size: tuple[int, int], num_views: int, on_gpu: bool):
     """The one graph: read (and decode) once, then V times region, crop, flip or turn, and colour."""
+    height, width = size
     total = 1 + num_views * _num_arguments(distort, in_memory)
     layout = ["HWC" if in_memory else ""] + [""] * (total - 1)
     image, *fed = fn.external_source(source=source, num_outputs=total, batch=True, layout=layout)
@@ -189,19 +201,12 @@ def _graph(source, in_memory: bool, distort: Distort, size: tuple[int, int], num
         if distort.rotation:
             matrix, *fed = fed
             view = fn.warp_affine(view, matrix=matrix, inverse_map=True, size=size, fill_value=0, dtype=types.FLOAT)
+        elif in_memory:
+            start, *fed = fed
+            view = fn.slice(view, start=start, shape=(width, height), axes=(1, 0))
         else:
-            crop_x, crop_y, mirror, *fed = fed
-            view = fn.crop_mirror_normalize(  # of its three, crop and mirror: mean 0 and std 1 leave bytes as they are
-                view,
-                crop=size,
-                crop_pos_x=crop_x,
-                crop_pos_y=crop_y,
-                mirror=mirror,
-                mean=[0.0],
-                std=[1.0],
-                dtype=types.UINT8,
-                output_layout="HWC",
-            )
+            mirror, *fed = fed
+            view = fn.flip(view, horizontal=mirror)
         if distort.colour.active:
             matrix, *fed = fed
             view = fn.coord_transform(view, MT=matrix, dtype=types.FLOAT)

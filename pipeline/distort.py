@@ -1,6 +1,5 @@
 """What a drawn distortion means, as plain formulae that every loader shares."""
 
-import functools
 import math
 
 import numpy as np
@@ -24,6 +23,21 @@ def pad_images(image_NHWC: np.ndarray, pad: int) -> np.ndarray:
     return np.pad(image_NHWC, ((0, 0), (pad, pad), (pad, pad), (0, 0))) if pad else image_NHWC
 
 
+def beside_mirror(image_NHWC: np.ndarray) -> np.ndarray:
+    """(N, H, 2 W, C): each image with its mirror image to the right, so that a flipped crop is only another crop."""
+    return np.concatenate([image_NHWC, image_NHWC[:, :, ::-1]], axis=2)
+
+
+def crop_start(crop_VB2: Tensor, flip_VB: Tensor, width: int, pad: int) -> Tensor:
+    """(V, B, 2) int32 (x, y): where a crop begins in a padded image that has its mirror image beside it.
+
+    A flipped crop at x is the crop of the mirror image that ends x before its right edge.
+    """
+    x_VB, y_VB = crop_VB2.unbind(-1)
+    mirrored_x_VB = 2 * (width + 2 * pad) - width - x_VB
+    return torch.stack([torch.where(flip_VB, mirrored_x_VB, x_VB), y_VB], dim=-1)
+
+
 def view_matrix(crop_VB2: Tensor, flip_VB: Tensor, angle_VB: Tensor, size: tuple[int, int]) -> Tensor:
     """(V, B, 2, 3) float32: maps a point (x, y) of the view to its point in the padded image.
 
@@ -45,14 +59,17 @@ def view_matrix(crop_VB2: Tensor, flip_VB: Tensor, angle_VB: Tensor, size: tuple
 
 
 # The NTSC luma/chroma axes (FCC 1953), in which saturation scales chroma and hue turns it.
-_RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.321), (0.211, -0.523, 0.311))
-
-
-@functools.cache
-def _yiq(device: torch.device) -> tuple[Tensor, Tensor]:
-    """RGB -> YIQ and back, copied to a device once: a copy a step would make the host wait."""
-    to_yiq_33 = torch.tensor(_RGB_TO_YIQ, dtype=torch.float64)
-    return to_yiq_33.float().to(device), torch.linalg.inv(to_yiq_33).float().to(device)
+_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
+# inv(YIQ) @ [[1, 0, 0], [0, c, s], [0, -s, c]] @ YIQ = KEPT + c * SCALED + s * TURNED. Numbers, not tensors: a copy of
+# constants to a device would make the host wait.
+_KEPT, _SCALED, _TURNED = (
+    (np.linalg.inv(_TO_YIQ) @ np.array(part) @ _TO_YIQ).tolist()
+    for part in (
+        [[1, 0, 0], [0, 0, 0], [0, 0, 0]],
+        [[0, 0, 0], [0, 1, 0], [0, 0, 1]],
+        [[0, 0, 0], [0, 0, 1], [0, -1, 0]],
+    )
+)
 
 
 def colour_matrix(colour_VB4: Tensor) -> Tensor:
@@ -63,14 +80,13 @@ def colour_matrix(colour_VB4: Tensor) -> Tensor:
     """
     brightness, contrast, saturation, hue = colour_VB4.float().unbind(-1)
     hue = hue * (math.pi / 180)
-    zero, one = torch.zeros_like(hue), torch.ones_like(hue)
     cos, sin = saturation * hue.cos(), saturation * hue.sin()
-    chroma_VB33 = torch.stack([one, zero, zero, zero, cos, sin, zero, -sin, cos], -1).unflatten(-1, (3, 3))
-    to_yiq_33, to_rgb_33 = _yiq(hue.device)
-    turn_VB33 = to_rgb_33 @ chroma_VB33 @ to_yiq_33
-    gain_VB11 = (brightness * contrast)[..., None, None]
-    offset_VB31 = (brightness * 128 * (1 - contrast))[..., None, None].expand(*hue.shape, 3, 1)
-    return torch.cat([gain_VB11 * turn_VB33, offset_VB31], dim=-1)
+    gain, offset = brightness * contrast, brightness * 128 * (1 - contrast)
+    rows = [
+        torch.stack([*(gain * (k + c * cos + s * sin) for k, c, s in zip(*row, strict=True)), offset], -1)
+        for row in zip(_KEPT, _SCALED, _TURNED, strict=True)
+    ]
+    return torch.stack(rows, -2)
 
 
 def hole_mask(hole_VB4: Tensor, size: tuple[int, int]) -> Tensor:

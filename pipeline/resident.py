@@ -12,7 +12,15 @@ from torch.nn import functional as F
 
 from cutnmix.pipeline.batch import Views
 from cutnmix.pipeline.datasets import DataError, Dataset
-from cutnmix.pipeline.distort import colour_matrix, hole_mask, pad_images, view_matrix, view_size
+from cutnmix.pipeline.distort import (
+    beside_mirror,
+    colour_matrix,
+    crop_start,
+    hole_mask,
+    pad_images,
+    view_matrix,
+    view_size,
+)
 from cutnmix.pipeline.plan import Distort, Draws, Plan
 
 
@@ -35,11 +43,13 @@ class ResidentLoader:
                 f"files with random resized crops: use loader.name=dali"
             )
         self.device = torch.device(device)
-        padded_NHWC = torch.from_numpy(pad_images(dataset.array, distort.pad)).to(self.device)
+        self.pad = distort.pad
         self.size = view_size(dataset, distort)
         self.label_N = torch.from_numpy(dataset.labels).to(self.device)
-        # Both an image and its mirror image, so that a flip is only another row to start from.
-        self.padded_2NHWC = torch.stack([padded_NHWC, padded_NHWC.flip(2)])
+        padded_NHWC = pad_images(dataset.array, distort.pad)
+        # A rotated view reads beyond the edge of its image, where there must be no mirror image but black.
+        source_NHWC = padded_NHWC if distort.rotation else beside_mirror(padded_NHWC)
+        self.source_NHWC = torch.from_numpy(source_NHWC).to(self.device)
 
     def epoch(self, plan: Plan, start: int = 0) -> Iterator[Views]:
         """The views of steps start, start + 1, ... of a plan that is on this loader's device."""
@@ -49,10 +59,11 @@ class ResidentLoader:
     def views(self, draws: Draws) -> Views:
         """One step's views: crop and flip as bytes; with rotation or colour, float32 in [0, 255]."""
         if draws.angle_VB is None:
-            image_VBHWC = gather_crops(self.padded_2NHWC, draws.index_B, draws.crop_VB2, draws.flip_VB, self.size)
+            start_VB2 = crop_start(draws.crop_VB2, draws.flip_VB, self.size[1], self.pad)
+            image_VBHWC = gather_crops(self.source_NHWC, draws.index_B, start_VB2, self.size)
         else:
             matrix_VB23 = view_matrix(draws.crop_VB2, draws.flip_VB, draws.angle_VB, self.size)
-            image_VBHWC = gather_warped(self.padded_2NHWC[0], draws.index_B, matrix_VB23, self.size)
+            image_VBHWC = gather_warped(self.source_NHWC, draws.index_B, matrix_VB23, self.size)
         if draws.colour_VB4 is not None:
             matrix_VB34 = colour_matrix(draws.colour_VB4)
             rgb_VBHWC = image_VBHWC.float() @ matrix_VB34[:, :, None, :, :3].transpose(-1, -2)
@@ -65,24 +76,21 @@ class ResidentLoader:
         """Nothing to release: the other loaders have threads."""
 
 
-def gather_crops(
-    padded_2NHWC: Tensor, index_B: Tensor, crop_VB2: Tensor, flip_VB: Tensor, size: tuple[int, int]
-) -> Tensor:
-    """(V, B, H, W, C) uint8 crops of images [0] or mirror images [1], each output row copied as one run of bytes.
+def gather_crops(source_NHWC: Tensor, index_B: Tensor, start_VB2: Tensor, size: tuple[int, int]) -> Tensor:
+    """(V, B, H, W, C) uint8 crops that begin at (x, y), each output row copied as one run of bytes.
 
     Rows, not pixels: an overlapping view of the flat data set makes every possible start of a row a row of its own, and
     index_select copies whole rows. Advanced indexing of the same elements is 20 to 50 times slower on a CPU.
     """
-    _, num_images, padded_height, padded_width, channels = padded_2NHWC.shape
+    _, source_height, source_width, channels = source_NHWC.shape
     height, width = size
-    left_VB, top_VB = crop_VB2.long().unbind(-1)
-    left_VB = torch.where(flip_VB, padded_width - width - left_VB, left_VB)
-    first_VB = ((flip_VB * num_images + index_B) * padded_height + top_VB) * padded_width + left_VB
-    row_H = torch.arange(height, device=first_VB.device) * padded_width
+    x_VB, y_VB = start_VB2.long().unbind(-1)
+    first_VB = (index_B * source_height + y_VB) * source_width + x_VB
+    row_H = torch.arange(height, device=first_VB.device) * source_width
     starts = (first_VB[..., None] + row_H).flatten()
     run = width * channels
-    num_starts = (padded_2NHWC.numel() - run) // channels + 1
-    rows = torch.as_strided(padded_2NHWC, (num_starts, run), (channels, 1))
+    num_starts = (source_NHWC.numel() - run) // channels + 1
+    rows = torch.as_strided(source_NHWC, (num_starts, run), (channels, 1))
     return rows.index_select(0, starts).view(*first_VB.shape, height, width, channels)
 
 

@@ -9,7 +9,7 @@ import typer
 
 from cutnmix.pipeline.datasets import DataError
 from cutnmix.trainer.config import ConfigError, load_config
-from cutnmix.trainer.display import Display, scores_table
+from cutnmix.trainer.display import Display
 from cutnmix.trainer.figures import draw_curves
 from cutnmix.trainer.folder import RunError, RunFolder, Stopped
 
@@ -52,7 +52,7 @@ def evaluate(run: Run, best: Annotated[bool, typer.Option(help="best.pt, chosen 
     parts = build(config)
     try:
         position, _, _ = checkpoint.restore(checkpoint.load(path, parts.setting.device), parts.learner)
-        Display().console.print(scores_table(score(parts), f"{run}, {path.name}: {position.epoch} epochs"))
+        Display().table(f"{run}, {path.name}: {position.epoch} epochs", score(parts))
     finally:
         parts.close()
 
@@ -67,7 +67,7 @@ def report(run: Run):
     display = Display()
     if tests:
         best = max(tests, key=lambda record: record["scores"]["mean"]["top1"])
-        display.console.print(scores_table(tests[-1]["scores"], f"{run}, epoch {tests[-1]['epoch']}"))
+        display.table(f"{run}, epoch {tests[-1]['epoch']}", tests[-1]["scores"])
         display.note(f"best epoch on the test images: {best['epoch']}, mean {best['scores']['mean']['top1']:.2f}")
     else:
         display.note(f"{run}: no evaluation yet, {len(records)} training records")

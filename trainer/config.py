@@ -7,11 +7,13 @@ the allowed ones, and each message says whether the file or the command line is 
 import difflib
 import inspect
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic_core import PydanticCustomError
 
 from cutnmix.configs import shipped
 from cutnmix.pipeline.plan import Distort, Mix
@@ -23,7 +25,7 @@ class ConfigError(Exception):
 
 
 class _Group(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Data(_Group):
@@ -129,7 +131,7 @@ class Config(_Group):
     def _refuse(group: str, values: BaseModel, keys: set[str], under: str) -> None:
         fields = type(values).model_fields
         if stray := [f"{group}.{key}" for key in sorted(keys) if getattr(values, key) != fields[key].default]:
-            raise ValueError(f"{', '.join(stray)} would do nothing under {under}")
+            raise PydanticCustomError("stray", "would do nothing under {under}", {"under": under, "keys": stray})
 
     @model_validator(mode="after")
     def _keys_that_belong_together(self) -> "Config":
@@ -172,18 +174,16 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         return "command line" if key and related else str(path)
 
     try:
-        config = Config(**tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item, origin) for item in error.errors())) from None
-    except TypeError as error:  # keys that are no strings
-        raise ConfigError(f"{path}: {error}") from None
     return config.model_copy(update={"method": _checked_method(config.method, origin)})
 
 
 def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
     """The Config of an already resolved tree, such as a run folder's config.yaml."""
     try:
-        return Config(**tree)
+        return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item, lambda _: source) for item in error.errors())) from None
 
@@ -223,7 +223,8 @@ def _override(tree: dict[str, Any], text: str) -> str:
         if not isinstance(tree.get(key), dict) or tree[key].get("name") != parsed:
             tree[key] = {"name": parsed}
     elif isinstance(parsed, str) and key in _KEEP_ON_RENAME:
-        tree[key] = {**tree.get(key, {}), "name": parsed}
+        group = tree.get(key)
+        tree[key] = {**(group if isinstance(group, dict) else {}), "name": parsed}
     else:
         node[last] = parsed
     return key
@@ -251,6 +252,11 @@ def _checked_method(method: dict[str, Any], origin) -> dict[str, Any]:
 def _explain(item: Any, origin, prefix: tuple[str, ...] = (), fields: list[str] | None = None) -> str:
     """One line for one of pydantic's complaints."""
     path = [*prefix, *(str(part) for part in item["loc"])]
+    if item["type"] == "stray":  # a complaint of the whole about some of its keys
+        named = ", ".join(f"{key} ({origin(key)})" for key in item["ctx"]["keys"])
+        return f"{named}: {item['msg']}"
+    if item["type"] != "extra_forbidden":
+        path = list(takewhile(str.isidentifier, path))  # without list indices and pydantic's names of a union's parts
     key = ".".join(path)
     where = f"{key} ({origin(key)})" if key else origin("")
     if item["type"] == "extra_forbidden":

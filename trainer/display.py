@@ -9,6 +9,8 @@ from rich.table import Table
 
 from cutnmix.trainer.folder import RunFolder
 
+Scores = dict[str, dict[str, float]]  # as cutnmix.trainer.metrics.evaluate returns them
+
 _ORDER = ("mean", "best_peer", "ensemble", "teacher")
 
 
@@ -66,7 +68,7 @@ class Display:
             text = " ".join(f"{name} {value:.3g}" for name, value in losses.items())
             self._progress.update(self._task, rate=f"{images_per_s:,.0f} images/s", losses=text)
 
-    def scores(self, epoch: int, scores: dict[str, dict[str, float]]) -> None:
+    def scores(self, epoch: int, scores: Scores) -> None:
         """One line for one evaluation."""
         parts = [f"{name.replace('_', ' ')} {scores[name]['top1']:.2f}" for name in _ORDER if name in scores]
         width = len(str(self._epochs))
@@ -78,20 +80,20 @@ class Display:
             self._progress.stop()
             self._progress = None
 
+    def table(self, title: str, scores: Scores) -> None:
+        """A row each for the mean (the headline), the peers, the best of them, the ensemble and the teacher."""
+        table = Table("", "top-1 %", "top-5 %", "NLL", "ECE %")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        peers = sorted((name for name in scores if name[4:].isdigit()), key=lambda name: int(name[4:]))
+        for name in ("mean", *peers, *(name for name in _ORDER[1:] if name in scores)):
+            score = scores[name]
+            cells = (f"{score['top1']:.2f}", f"{score['top5']:.2f}", f"{score['nll']:.3f}", f"{score['ece']:.2f}")
+            table.add_row(name.replace("_", " "), *cells, style="bold" if name == "mean" else "")
+        self.note(title)
+        self.console.print(table)
+
     def finish(self, folder: RunFolder, result: dict[str, Any]) -> None:
         """The table of the last epoch, and where to look."""
-        self.console.print(scores_table(result["last_epoch"]["scores"], f"{folder.path.name}, last epoch"))
+        self.table(f"{folder.path}, last epoch", result["last_epoch"]["scores"])
         self.note(f"curves: {folder.curves}   one batch: {folder.batch}   all numbers: {folder.result}")
-
-
-def scores_table(scores: dict[str, dict[str, float]], title: str) -> Table:
-    """A row each for the mean (the headline), the peers, the best of them, the ensemble and the teacher."""
-    table = Table("", "top-1 %", "top-5 %", "NLL", "ECE %", title=title, title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    peers = sorted((name for name in scores if name[4:].isdigit()), key=lambda name: int(name[4:]))
-    for name in ("mean", *peers, *(name for name in _ORDER[1:] if name in scores)):
-        score = scores[name]
-        cells = (f"{score['top1']:.2f}", f"{score['top5']:.2f}", f"{score['nll']:.3f}", f"{score['ece']:.2f}")
-        table.add_row(name.replace("_", " "), *cells, style="bold" if name == "mean" else "")
-    return table

@@ -25,7 +25,16 @@ from cutnmix.trainer.checkpoint import Position
 from cutnmix.trainer.config import Config, ConfigError, dump_config, parse_config
 
 # Keys that may differ when a run is resumed: they change neither the data nor the arithmetic.
-_FREE_ON_RESUME = {"name", "runs", "resume", "loader", "checkpoint", "log_every"}
+_FREE_ON_RESUME = (
+    "name",
+    "runs",
+    "resume",
+    "loader.name",
+    "loader.threads",
+    "loader.prefetch",
+    "checkpoint",
+    "log_every",
+)
 
 
 class RunError(Exception):
@@ -69,7 +78,7 @@ class RunFolder:
         changed = [
             f"{key} (was {before.get(key)!r}, now {now.get(key)!r})"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and key.split(".")[0] not in _FREE_ON_RESUME
+            if before.get(key) != now.get(key) and not f"{key}.".startswith(tuple(f"{k}." for k in _FREE_ON_RESUME))
         ]
         if changed:
             raise RunError(f"{self.path} was started with other keys: {'; '.join(changed)}; name=NAME starts another")
@@ -79,9 +88,12 @@ class RunFolder:
         """Hold the folder; the lock dies with the process, however it ends.
 
         Raises:
-            RunError: another process holds it.
+            RunError: another process holds it, or it cannot be made.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{self.path}: {error.strerror}") from error
         lock = FileLock(self.path / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -102,7 +114,7 @@ class RunFolder:
         """The configuration that the run was started with."""
         try:
             return parse_config(yaml.safe_load(self.config.read_text()), str(self.config))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise RunError(f"{self.path} is not a run: it has no config.yaml") from None
         except yaml.YAMLError as error:
             raise ConfigError(f"{self.config}: {error}") from error

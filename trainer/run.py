@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
-from cutnmix.pipeline.plan import Plan
+from cutnmix.pipeline.batch import Views
+from cutnmix.pipeline.plan import Draws, Plan
 from cutnmix.trainer import checkpoint
 from cutnmix.trainer.build import Parts, build
 from cutnmix.trainer.checkpoint import Position
@@ -91,39 +92,42 @@ class _Run:
     def _epoch(self) -> None:
         config, epoch, start = self.config, self.position.epoch, self.position.step
         plan = self.parts.plan(epoch)
-        group = config.optimizer.accumulate
+        picture = None if self.folder.batch.exists() else _telling_step(plan)
         self.timer = _Timer()
         for step, views in enumerate(self.parts.loader.epoch(plan, start), start):
-            if self.global_step == 0:
-                self._draw_first_batch(plan, views)
-            first = step - step % group  # the batches first, first + 1, ... < last make one update
-            last = min(first + group, len(plan))
-            lr = config.optimizer.lr * lr_factor(config.schedule, epoch + (step + 1) / len(plan), config.epochs)
-            self.parts.step.train(
-                self.parts.learner,
-                views,
-                plan.step(step),
-                self.tally,
-                lr=lr,
-                share=1 / (last - first),
-                update=step + 1 == last,
-            )
-            self.position = Position(epoch, step + 1)
-            self.timer.images += len(views.index_B)
-            self.display.advance()
-            if (step + 1) % config.log_every == 0 or step + 1 == len(plan):
-                self._log(epoch + (step + 1) / len(plan), lr)
-            at_update = step + 1 == last  # gradients between two updates are no part of a checkpoint
-            if at_update and config.checkpoint.every_steps and (step + 1) % config.checkpoint.every_steps == 0:
-                self._save()
-            if at_update:
-                self._poll()
+            if step == picture:
+                self._draw(views, plan.step(step))
+            self._step(views, plan, step)
         done = epoch + 1
         if done % config.eval_every == 0 or done == config.epochs:
             self._test(done)
         self.position = Position(done, 0)
         if done % config.checkpoint.every_epochs == 0 or done == config.epochs:
             self._save()
+
+    def _step(self, views: Views, plan: Plan, step: int) -> None:
+        config, epoch = self.config, self.position.epoch
+        first = step - step % config.optimizer.accumulate  # the batches first ... last - 1 make one update
+        last = min(first + config.optimizer.accumulate, len(plan))
+        lr = config.optimizer.lr * lr_factor(config.schedule, self.global_step, self.steps_per_epoch, config.epochs)
+        self.parts.step.train(
+            self.parts.learner,
+            views,
+            plan.step(step),
+            self.tally,
+            lr=lr,
+            share=1 / (last - first),
+            update=step + 1 == last,
+        )
+        self.position = Position(epoch, step + 1)
+        self.timer.images += len(views.index_B)
+        self.display.advance()
+        if (step + 1) % config.log_every == 0 or step + 1 == len(plan):
+            self._log(epoch + (step + 1) / len(plan), lr)
+        if step + 1 == last:  # gradients between two updates are no part of a checkpoint
+            if config.checkpoint.every_steps and (step + 1) % config.checkpoint.every_steps == 0:
+                self._save()
+            self._poll()
 
     def _log(self, epoch: float, lr: float) -> None:
         losses = self.tally.read()
@@ -170,12 +174,9 @@ class _Run:
             self._save()
             raise Stopped(self.requested[0], self.folder.path)
 
-    def _draw_first_batch(self, plan: Plan, views) -> None:
-        batch = self.parts.step.mix(views, plan.step(0))
-        train = self.parts.splits.train
-        draw_batch(
-            views, batch, plan.step(0), classes=train.classes, mean=train.mean, std=train.std, path=self.folder.batch
-        )
+    def _draw(self, views: Views, draws: Draws) -> None:
+        batch, train = self.parts.step.mix(views, draws), self.parts.splits.train
+        draw_batch(views, batch, draws, classes=train.classes, mean=train.mean, std=train.std, path=self.folder.batch)
 
     def _finish(self) -> dict[str, Any]:
         records = self.folder.records()
@@ -198,6 +199,11 @@ class _Run:
         draw_curves(records, self.folder.curves, self.folder.path.name)
         self.display.finish(self.folder, result)
         return result
+
+
+def _telling_step(plan: Plan) -> int:
+    """The step whose picture tells most about the mix: lam nearest to 0.6, where box and rest are both well seen."""
+    return 0 if plan.lam_SL is None else int((plan.lam_SL.mean(1) - 0.6).abs().argmin())
 
 
 def score(parts: Parts, poll=lambda: None) -> Scores:

@@ -5,18 +5,19 @@ import math
 from cutnmix.trainer.config import Schedule
 
 
-def lr_factor(schedule: Schedule, epoch: float, epochs: int) -> float:
-    """Factor in (0, 1] at a point of training counted in epochs (3.5 = the middle of the fourth).
+def lr_factor(schedule: Schedule, step: int, steps_per_epoch: int, epochs: int) -> float:
+    """Factor in [0, 1] for the step that comes after `step` steps, at t = step / steps_per_epoch epochs.
 
-    step: gamma^(number of milestones passed). cosine: (1 + cos(pi * t)) / 2 with t from 0 after the warm-up to 1 at the
-    end. Warm-up multiplies the start of either by epoch / warmup_epochs, rising from the first step on.
+    step: gamma^(number of milestones <= t). cosine: (1 + cos(pi * s)) / 2, s from 0 at the end of the warm-up to 1 at
+    the end of the last epoch. Warm-up multiplies either by (step + 1) / (its number of steps) until that reaches 1.
     """
+    t = step / steps_per_epoch
     if schedule.name == "step":
-        factor = schedule.gamma ** sum(epoch >= milestone for milestone in schedule.milestones)
+        factor = schedule.gamma ** sum(t >= milestone for milestone in schedule.milestones)
     elif schedule.name == "cosine":
         rest = max(epochs - schedule.warmup_epochs, 1e-12)
-        progress = min(max(epoch - schedule.warmup_epochs, 0.0) / rest, 1.0)
-        factor = (1 + math.cos(math.pi * progress)) / 2
+        factor = (1 + math.cos(math.pi * min(max(t - schedule.warmup_epochs, 0.0) / rest, 1.0))) / 2
     else:
         factor = 1.0
-    return factor * min(epoch / schedule.warmup_epochs, 1.0) if schedule.warmup_epochs else factor
+    warmup_steps = schedule.warmup_epochs * steps_per_epoch
+    return factor * min((step + 1) / warmup_steps, 1.0) if warmup_steps else factor

@@ -1,0 +1,321 @@
+"""A configuration means one thing, and what is wrong with it is said in full: the key, who set it, what is allowed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cutnmix.configs import shipped
+from cutnmix.trainer.config import Config, ConfigError, dump_config, load_config, parse_config
+from cutnmix.trainer.methods import METHODS
+
+
+def refusal(source: str | Path, *overrides: str) -> str:
+    """What the user is told."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(source, overrides)
+    return str(caught.value)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
+
+
+# What is there
+
+
+@pytest.mark.parametrize("recipe", shipped())
+def test_every_recipe_loads(recipe):
+    assert isinstance(load_config(recipe), Config)
+
+
+def test_the_paper_recipe_has_the_papers_numbers():
+    config = load_config("paper")
+    numbers = {"temperature": 3.0, "alpha": 0.6, "beta": 0.3, "gamma": 0.1}
+    choices = {"tau2": True, "mmd_detach": True, "pt_grad_to_peers": False}
+    assert config.method == {"name": "cutnmix", **numbers, **choices}
+    assert (config.mix.name, config.mix.rule, config.mix.alpha, config.mix.probability) == (
+        "cutnmix", "clip_shared", 1.0, 1.0,
+    )  # fmt: skip
+    assert (config.views, config.peers.count, config.num_views) == ("per_peer", 2, 2)
+    assert (config.seed, config.epochs, config.batch_size) == (95, 240, 64)
+    sgd = {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "accumulate": 1}
+    assert config.optimizer.model_dump() == sgd
+    schedule = config.schedule
+    assert (schedule.name, schedule.milestones, schedule.gamma) == ("step", [150, 180, 210], 0.1)
+    assert schedule.warmup_epochs == 0
+    assert (config.distort.pad, config.distort.flip, config.distort.cutout) == (4, 0.5, 0)
+    assert not config.loader.drop_last
+
+
+def test_the_defaults_are_the_paper_recipe():
+    named = load_config("paper", ["data.root=null"])
+    assert named == Config(method=named.method)
+
+
+# One other valid value for every key that a YAML file can hold.
+OTHER = """
+name: mine
+runs: elsewhere
+seed: 7
+epochs: 3
+batch_size: 10
+eval_batch_size: 11
+views: shared
+mix: {name: cutmix, alpha: 0.5, probability: 0.25, box_rule: inside}
+method: {name: cutnmix, temperature: 2.5, alpha: 0.1, beta: 0.2, gamma: 0.3, tau2: false, mmd_detach: false, pt_grad_to_peers: true}
+data: {name: digits, root: somewhere, classes: [1, 5, '7'], images_per_class: 9, download: false}
+distort: {pad: 2, flip: 0.25, colour: {brightness: 0.1, contrast: 0.2, saturation: 0.3, hue: 40.0}, rotation: 15.0, cutout: 8}
+loader: {name: resident, threads: 3, prefetch: 4, drop_last: true}
+peers: {network: resnet20, count: 5}
+optimizer: {lr: 0.001, momentum: 0.5, nesterov: false, weight_decay: 0.0, accumulate: 2}
+schedule: {name: cosine, milestones: [1.5, 2.0], gamma: 0.5, warmup_epochs: 0.5}
+checkpoint: {every_epochs: 2, every_steps: 7, best: false}
+device: cpu
+precision: fp16
+channels_last: false
+compile: peers
+deterministic: true
+resume: auto
+log_every: 5
+eval_every: 2
+"""  # noqa: E501
+FILES_ONLY = "distort: {image_size: 64, crop_scale: [0.5, 0.75], crop_ratio: [0.5, 2.0], region: centre}\ndata: folder"
+
+
+@pytest.mark.parametrize("text", [OTHER, FILES_ONLY])
+def test_every_key_round_trips_through_yaml(text, tmp_path):
+    config = load_config(write(tmp_path, text))
+    assert parse_config(yaml.safe_load(yaml.safe_dump(dump_config(config)))) == config
+
+
+def test_the_round_trips_left_out_no_key(tmp_path):
+    defaults = flat(dump_config(load_config("paper", ["data.root=null"])))
+    others = flat(yaml.safe_load(OTHER)) | flat(yaml.safe_load(FILES_ONLY)["distort"], "distort.")
+    assert others.keys() == defaults.keys()
+    same = {key for key, value in others.items() if defaults[key] == value}
+    assert same == {"method.name"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_methods_keys_are_complete_once_loaded(method):
+    config = load_config("paper", [f"method={method}"])
+    assert set(config.method) == {"name", *(METHODS[method].__init__.__kwdefaults__ or {})}
+
+
+def test_a_bare_name_in_the_file_is_short_for_its_group(tmp_path):
+    path = write(tmp_path, "method: dml\nmix: none\ndata: digits\nloader: resident\nschedule: cosine")
+    config = load_config(path)
+    groups = (config.mix, config.data, config.loader, config.schedule)
+    assert [config.method["name"], *(group.name for group in groups)] == ["dml", "none", "digits", "resident", "cosine"]
+
+
+def test_an_empty_file_is_all_defaults(tmp_path):
+    assert load_config(write(tmp_path, "")).epochs == Config().epochs
+
+
+# Overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("epochs=3", "epochs", 3),
+        ("optimizer.lr=1e-3", "optimizer.lr", 1e-3),  # which YAML 1.1 takes for a string
+        ("distort.colour.hue=30", "distort.colour.hue", 30.0),
+        ("schedule.milestones=[50, 60.5]", "schedule.milestones", [50, 60.5]),
+        ("data.classes=[cat, 3]", "data.classes", ["cat", 3]),
+        ("data.classes=20", "data.classes", 20),
+        ("data.root=a=b", "data.root", "a=b"),
+        ("loader.threads=null", "loader.threads", None),
+        ("optimizer={lr: 1.5, nesterov: no}", "optimizer.nesterov", False),
+        ("method.temperature=2", "method.temperature", 2.0),
+    ],
+)
+def test_an_override_is_a_dotted_path_and_a_yaml_value(override, key, value):
+    assert flat(dump_config(load_config("paper", [override])))[key] == value
+
+
+def test_an_override_changes_nothing_else():
+    before, after = (flat(dump_config(load_config("paper", given))) for given in ([], ["distort.colour.hue=30"]))
+    assert {key for key in before if before[key] != after[key]} == {"distort.colour.hue"}
+
+
+def test_the_later_override_wins():
+    assert load_config("paper", ["epochs=3", "epochs=4"]).epochs == 4
+    assert load_config("paper", ["optimizer.lr=1.0", "optimizer={lr: 2.0}"]).optimizer.lr == 2.0
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "old"),
+    [("method", "dml", "{beta: 9}"), ("mix", "cutmix", "{alpha: 9}"), ("schedule", "cosine", "{gamma: 0.9}")],
+)
+def test_a_new_method_mix_or_schedule_starts_from_its_own_defaults(group, name, old, tmp_path):
+    renamed = load_config(write(tmp_path, f"{group}: {old}"), [f"{group}={name}"])
+    assert getattr(renamed, group) == getattr(load_config("paper", [f"{group}={name}"]), group)
+
+
+def test_the_same_method_by_name_keeps_its_keys(tmp_path):
+    path = write(tmp_path, "method: {name: dml, temperature: 5}")
+    assert load_config(path, ["method=dml"]).method["temperature"] == 5
+
+
+def test_keys_after_a_new_method_are_its_own():
+    config = load_config("paper", ["method.beta=9", "method=dml", "method.temperature=4"])
+    assert config.method == {"name": "dml", "temperature": 4.0, "alpha": 1.0}
+
+
+@pytest.mark.parametrize(("group", "name", "sibling"), [("data", "digits", "root"), ("loader", "dali", "prefetch")])
+def test_a_new_data_set_or_loader_keeps_the_other_keys(group, name, sibling, tmp_path):
+    path = write(tmp_path, "data: {root: here}\nloader: {prefetch: 5}")
+    values = getattr(load_config(path, [f"{group}={name}"]), group)
+    assert values.name == name
+    assert str(getattr(values, sibling)) == {"root": "here", "prefetch": "5"}[sibling]
+
+
+def test_a_group_left_empty_in_the_file_can_be_named_on_the_command_line(tmp_path):
+    assert load_config(write(tmp_path, "data:\nmethod:"), ["data=digits", "method=dml"]).data.name == "digits"
+
+
+# Refusals: key, origin, and what is allowed
+
+CASES = {
+    "unknown top-level key": ("epoch: 3", "epoch ", "did you mean epochs?", "allowed here: name, runs, seed, epochs"),
+    "unknown group": ("optimiser: {lr: 1}", "optimiser ", "did you mean optimizer?"),
+    "unknown nested key": ("optimizer: {lrr: 1}", "optimizer.lrr ", "did you mean optimizer.lr?", "allowed here: lr, "),
+    "unknown key two groups down": (
+        "distort: {colour: {hu: 1}}",
+        "distort.colour.hu ",
+        "did you mean distort.colour.hue?",
+        "allowed here: brightness, contrast, saturation, hue",
+    ),
+    "unknown method key": (
+        "method: {name: dml, temprature: 2}",
+        "method.temprature ",
+        "did you mean method.temperature?",
+        "allowed here: temperature, alpha",
+    ),
+    "key of another method": ("method: {name: dml, beta: 2}", "method.beta ", "allowed here: temperature, alpha"),
+    "unknown method": ("method: cutnmx", "method.name ", "'cutnmx'", f"allowed: {', '.join(METHODS)}", "mean cutnmix?"),
+    "wrong type": ("epochs: many", "epochs ", "valid integer", "'many'"),
+    "wrong type of a method key": ("method: {name: dml, alpha: much}", "method.alpha ", "valid number", "'much'"),
+    "fraction for an integer": ("batch_size: 2.5", "batch_size ", "valid integer", "2.5"),
+    "value for a group": ("optimizer: 3", "optimizer ", "valid dictionary", "3"),
+    "nothing for a group": ("peers:", "peers ", "valid dictionary", "None"),
+    "too small": ("peers: {count: 0}", "peers.count ", "greater than or equal to 1", "0"),
+    "too large": ("distort: {flip: 1.5}", "distort.flip ", "less than or equal to 1", "1.5"),
+    "not finite": ("optimizer: {lr: .nan}", "optimizer.lr ", "finite"),
+    "not ordered": ("data: folder\ndistort: {crop_scale: [0.9, 0.1]}", "distort ", "crop_scale", "low <= high", "0.9"),
+    "bad literal": ("views: each", "views ", "'shared' or 'per_peer'", "'each'"),
+    "bad name of a mix": ("mix: cutmx", "mix.name ", "'none', 'cutmix'", "got 'cutmx'"),
+    "bad entry of a list": ("schedule: {milestones: [1, soon]}", "schedule.milestones ", "valid number", "'soon'"),
+    "neither of two types": ("data: {classes: 1}", "data.classes ", "greater than or equal to 2", "1"),
+    "mix keys under no mix": ("mix: {name: none, box_rule: inside}", "mix.box_rule ", "do nothing", "mix.name: none"),
+    "padding of files": ("data: folder\ndistort: {pad: 2}", "distort.pad ", "do nothing", "data.name: folder"),
+    "size of arrays": ("distort: {image_size: 64}", "distort.image_size ", "do nothing", "data.name: cifar100"),
+    "nesterov alone": ("optimizer: {momentum: 0}", "optimizer ", "nesterov: true needs momentum > 0"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_wrong_key_in_the_file_is_named_with_the_file(case, tmp_path):
+    text, key, *said = CASES[case]
+    path = write(tmp_path, text)
+    message = refusal(path)
+    assert message.startswith(f"{key}({path}): ")
+    assert all(part in message for part in said), message
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_wrong_key_on_the_command_line_is_named_with_the_command_line(case):
+    text, key, *said = CASES[case]
+    values = {name.removesuffix(".name"): value for name, value in flat(yaml.safe_load(text)).items()}
+    overrides = [f"{name}={'null' if value is None else value}" for name, value in values.items()]
+    message = refusal("paper", *overrides)
+    assert message.startswith(f"{key}(command line): ")
+    assert all(part in message for part in said if not part.startswith("allowed here: name"))
+
+
+def test_every_wrong_key_gets_a_line_of_its_own(tmp_path):
+    path = write(tmp_path, "epoch: 3\noptimizer: {lrr: 1}")
+    lines = refusal(path, "views=each").splitlines()
+    assert sorted(line.partition(":")[0] for line in lines) == [
+        f"epoch ({path})",
+        f"optimizer.lrr ({path})",
+        "views (command line)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("epochs", "epochs: write KEY=VALUE"),
+        ("=3", "=3: write KEY=VALUE"),
+        ("epochs.x=1", "epochs.x=1: epochs is a value, not a group"),
+        ("optimizer.lr.x=1", "optimizer.lr.x=1: lr is a value, not a group"),
+        ("epochs=[1", "epochs=[1: the value is not YAML"),
+    ],
+)
+def test_an_override_that_cannot_be_applied_is_quoted(override, said):
+    assert refusal("paper", override).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("epochs: [", "expected the node content"),
+        ("- epochs", "must be a mapping"),
+        ("3", "must be a mapping"),
+        ("1: 2", "Keys should be strings, got 1"),
+        ("\0", "special characters are not allowed"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(text, said, tmp_path):
+    path = write(tmp_path, text)
+    message = refusal(path)
+    assert message.startswith(f"{path}: ") and said in message
+
+
+def test_a_binary_file_is_named(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"\xff\xfe\x80")
+    assert refusal(path).startswith(f"{path}: 'utf-8' codec can't decode")
+
+
+def test_an_unknown_recipe_comes_with_the_nearest_and_all():
+    message = refusal("papr")
+    assert "papr: neither a YAML file nor a shipped recipe" in message
+    assert "did you mean paper?" in message and all(name in message for name in shipped())
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert refusal(tmp_path / "gone.yaml").startswith(f"{tmp_path / 'gone.yaml'}: neither a YAML file")
+
+
+@pytest.mark.parametrize("tree", [None, [], {"epoch": 3}, {1: 2}])
+def test_a_damaged_resolved_configuration_is_refused_with_its_place(tree):
+    with pytest.raises(ConfigError, match="runs/x/config"):
+        parse_config(tree, "runs/x/config.yaml")
+
+
+# The folder's name
+
+
+def test_default_folder_names_tell_runs_apart():
+    changes = ["seed=1", "method=dml", "mix=cutmix", "views=shared", "data=cifar10", "peers.count=4", "peers.network=x"]
+    folders = {load_config("paper", [*given]).folder for given in ([], *([change] for change in changes))}
+    assert len(folders) == 1 + len(changes)
+
+
+def test_a_name_is_the_folder_under_runs():
+    assert load_config("paper", ["name=mine", "runs=there"]).folder == Path("there/mine")

@@ -1,0 +1,300 @@
+"""What can be known of the CUDA path without a GPU: on fake CUDA tensors, and lowered to Triton for an H100.
+
+Fake tensors raise where a value would be read (`.item()`, a bool, a mask's nonzero) and where devices are mixed up;
+`oracle.Dispatches` catches the copies between devices that they let through.
+"""
+
+import contextlib
+import importlib.util
+import re
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import kornia.augmentation as K
+import oracle
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from cutnmix.pipeline.boxes import BOX_RULES
+from cutnmix.pipeline.cutnmix import CutnMix
+from cutnmix.pipeline.mix import MixBatch
+from cutnmix.pipeline.plan import Colour, Distort, Draws, Mix, Plan, make_plan
+from cutnmix.pipeline.resident import ResidentLoader
+
+H, W, BATCH, J = 32, 32, 8, 3
+COLOUR = Colour(brightness=0.4, contrast=0.4, saturation=0.4, hue=40)
+DISTORTIONS = pytest.mark.parametrize(
+    "distort",
+    [Distort(), Distort(cutout=8), Distort(colour=COLOUR), Distort(rotation=30.0, colour=COLOUR, cutout=8)],
+    ids=["crop flip", "cutout", "colour", "everything"],
+)
+MIXES = pytest.mark.parametrize("name", ["none", "cutmix", "cutnmix"])
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeTensorMode]:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
+
+
+def on_cuda(plan: Plan) -> Plan:
+    """As Plan.to, which would pin memory: that needs a driver."""
+    return replace(plan, **{name: field.to("cuda") for name, field in vars(plan).items() if isinstance(field, Tensor)})
+
+
+def build(
+    distort: Distort, name: str = "cutnmix", V: int = J, batch: int = BATCH
+) -> tuple[ResidentLoader, MixBatch, Draws]:
+    """Loader, mix and the draws of one step on the fake GPU."""
+    dataset = oracle.images(2 * batch, H, W)
+    plan = make_plan(
+        seed=0, epoch=0, num_images=len(dataset), size=(H, W), batch_size=batch, distort=distort, mix=Mix(name=name),
+        num_views=V, num_peers=J,
+    )  # fmt: skip
+    mix = MixBatch(mean=dataset.mean, std=dataset.std, size=(H, W), num_classes=5, dtype=torch.bfloat16).to("cuda")
+    return ResidentLoader(dataset, distort, "cuda"), mix, on_cuda(plan).step(0)
+
+
+@DISTORTIONS
+@MIXES
+@pytest.mark.parametrize("V", [1, J])
+def test_resident_and_mix_stay_on_the_gpu_and_read_nothing(distort, name, V, fake):
+    loader, mix, draws = build(distort, name, V)
+    with oracle.Dispatches() as watched:
+        views = loader.views(draws)
+        batch = mix(views, draws)
+    assert watched.waits == []
+    assert all(field is None or field.is_cuda for field in (*views, *batch))
+    assert views.image_VBCHW.permute(0, 1, 3, 4, 2).is_contiguous()
+    assert batch.image_VBCHW.permute(0, 1, 3, 4, 2).is_contiguous()
+    assert batch.image_VBCHW.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rule", BOX_RULES)
+@pytest.mark.parametrize("num_peers", [1, J])
+def test_cutnmix_draws_on_the_gpu_and_reads_nothing(rule, num_peers, fake):
+    """alpha = 1 only: fake tensors cannot draw from a Dirichlet."""
+    image = torch.empty(BATCH, 3, H, W, device="cuda")
+    label_B = torch.empty(BATCH, dtype=torch.long, device="cuda")
+    mix = CutnMix(num_peers, p=0.5, box_rule=rule, num_classes=5, data_keys=["input", "class"])
+    with oracle.Dispatches() as watched:
+        mixed, target = mix(image, label_B)
+    assert watched.waits == []
+    assert mixed.is_cuda and target.is_cuda
+    assert all(mix._params[key].is_cuda for key in ("partner", "box", "lam"))
+
+
+def test_cutnmix_takes_parameters_that_were_drawn_on_the_host(fake):
+    """As Kornia's containers draw them until they are moved to the GPU themselves."""
+    image = torch.empty(BATCH, 3, H, W, device="cuda")
+    assert K.AugmentationSequential(CutnMix(2), data_keys=["input"])(image).is_cuda
+    mix = CutnMix(2, num_classes=5)
+    params = mix.generate_parameters(tuple(image.shape))
+    assert not params["box"].is_cuda
+    labels = torch.empty(BATCH, dtype=torch.long, device="cuda")
+    mixed, target = mix(image, labels, params=params, data_keys=["input", "class"])
+    assert mixed.is_cuda and target.is_cuda
+
+
+class AsyncCopies(oracle.Dispatches):
+    """Notes the devices of copies that do not wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.to: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("non_blocking"):
+            self.to.append(kwargs["device"].type)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def test_a_plan_comes_back_to_the_host_only_when_it_is_whole(fake):
+    """A copy from GPU to host that does not wait lets DALI's feed read numbers that are not there yet."""
+    plan = on_cuda(make_plan(
+        seed=0, epoch=0, num_images=BATCH, size=(H, W), batch_size=BATCH, distort=Distort(), mix=Mix(name="cutnmix"),
+        num_views=J, num_peers=J,
+    ))  # fmt: skip
+    with AsyncCopies() as watched:
+        back = plan.to("cpu")
+    assert not back.index_N.is_cuda
+    assert len(watched.waits) > 0 and watched.to == []
+
+
+def test_a_plan_goes_to_the_gpu_without_waiting_and_once(fake, monkeypatch):
+    def pin_memory(tensor: Tensor) -> Tensor:  # the real one needs a driver
+        assert not tensor.is_cuda, "only what lies on the host can be pinned"
+        return tensor
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+    plan = make_plan(
+        seed=0, epoch=0, num_images=BATCH, size=(H, W), batch_size=BATCH, distort=Distort(), mix=Mix(name="cutnmix"),
+        num_views=J, num_peers=J,
+    )  # fmt: skip
+    with AsyncCopies() as watched:
+        moved = plan.to("cuda")
+    num_tensors = sum(isinstance(field, Tensor) for field in vars(plan).values())
+    assert watched.to == ["cuda"] * num_tensors
+    with AsyncCopies() as watched:
+        moved.to("cuda")
+    assert "_to_copy" not in watched.calls
+
+
+# Lowered by Inductor to Triton for sm_90 and compiled to cubin, with no driver. Patches internals of torch 2.14.
+
+H100 = types.SimpleNamespace(
+    name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, warp_size=32,
+    regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024,
+    shared_memory_per_block=49152, shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
+    L2_cache_size=50 << 20, gcnArchName="", clock_rate=1980000, memory_clock_rate=2619000, memory_bus_width=5120,
+    is_integrated=0,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def pretended_h100() -> Iterator[None]:
+    """torch and Triton believe that device 0 is an H100."""
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor.runtime import triton_helpers
+    from torch._inductor.runtime.hints import DeviceProperties
+    from torch._inductor.utils import get_gpu_type
+    from torch.utils._triton import has_triton, triton_backend
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    triton_driver = types.SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device=0: 0,
+        get_active_torch_device=lambda: torch.device("cuda", 0),
+        get_device_interface=lambda: torch.cuda,
+    )
+    answers = dict(
+        is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, _lazy_init=lambda: None,
+        get_device_properties=lambda device=None: H100, get_device_capability=lambda device=None: (9, 0),
+        _get_device_properties=lambda device: H100, get_device_name=lambda device=None: H100.name,
+        set_device=lambda device: None, synchronize=lambda device=None: None, is_bf16_supported=lambda *_, **__: True,
+        _exchange_device=lambda device: 0, _maybe_exchange_device=lambda device: 0,
+        get_rng_state=lambda device=None: torch.zeros(16, dtype=torch.uint8), set_rng_state=lambda *_: None,
+    )  # fmt: skip
+    with contextlib.ExitStack() as patches:
+        for name, answer in answers.items():
+            patches.enter_context(mock.patch.object(torch.cuda, name, answer, create=True))
+        for target, name, answer in (
+            (CudaInterface, "is_available", staticmethod(lambda: True)),
+            (CudaInterface.Worker, "get_device_properties", staticmethod(lambda device=None: H100)),
+            (CudaInterface.Worker, "current_device", staticmethod(lambda: 0)),
+            (triton_helpers, "set_driver_to_gpu", lambda: None),
+            (driver, "_active", triton_driver),
+        ):
+            patches.enter_context(mock.patch.object(target, name, answer))
+        remembered = (
+            has_triton,
+            triton_backend,
+            get_gpu_type,
+            DeviceProperties.create,
+        )  # across the tests of a process
+        for answer in remembered:
+            patches.callback(answer.cache_clear)
+            answer.cache_clear()
+        yield
+
+
+def lowered(function: Callable[..., Any], arguments: tuple, fake: FakeTensorMode) -> str:
+    """The wrapper code that Inductor writes for a function of (nested tuples of) fake CUDA tensors."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.exc import InductorError
+    from torch._inductor.graph import GraphLowering
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    leaves, spec = pytree.tree_flatten(arguments)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    sources: list[str] = []
+
+    def flat(*given: Tensor) -> list[Tensor]:
+        rest = iter(given)
+        called = pytree.tree_unflatten([next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+        return [leaf for leaf in pytree.tree_leaves(function(*called)) if isinstance(leaf, Tensor)]
+
+    def write(graph: GraphLowering) -> None:
+        sources.append(graph.codegen()[0].value)
+        raise RuntimeError("Written: without a GPU it cannot be loaded")
+
+    with pretended_h100(), torch._guards.tracing(torch._guards.TracingContext(fake)):
+        graph = make_fx(flat, decomposition_table=select_decomp_table(), tracing_mode="real")(*tensors)
+        with (
+            mock.patch.object(GraphLowering, "_compile_to_module", write),
+            config.patch(fx_graph_cache=False, compile_threads=1),
+            pytest.raises(InductorError, match="Written"),
+        ):
+            compile_fx_inner(graph, tensors)
+    return sources[0]
+
+
+def kernels(source: str, folder: Path) -> list[dict[str, Any]]:
+    """What Triton's compiler makes for sm_90 of every kernel in Inductor's code."""
+    import triton
+    from torch._inductor.runtime import triton_heuristics
+    from triton.backends.compiler import GPUTarget
+
+    compiled = []
+    for name, body in re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", source, re.S):
+        found: dict[str, Any] = {}
+
+        def heuristic(*_: Any, found: dict[str, Any] = found, **arguments: Any):
+            return lambda function: found.update(arguments, function=function)
+
+        path = folder / f"{name}.py"
+        path.write_text(body)
+        with pretended_h100(), contextlib.ExitStack() as patches:
+            for kind in ("pointwise", "reduction", "persistent_reduction"):
+                patches.enter_context(mock.patch.object(triton_heuristics, kind, heuristic))
+            spec = importlib.util.spec_from_file_location(name, path)
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+            signature = dict(found["triton_meta"]["signature"])
+            block = {"XBLOCK": 32 if len(found["size_hints"]) > 1 else 256, "YBLOCK": 32, "R0_BLOCK": 256}
+            constants = {key: block.get(key, 1) for key, kind in signature.items() if kind == "constexpr"}
+            constants |= found["triton_meta"].get("constants", {})
+            (attributes,) = found["triton_meta"]["configs"]
+            tree = triton.compiler.ASTSource(found["function"], signature, constants, attributes)
+            compiled.append(triton.compile(tree, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm)
+    return compiled
+
+
+lowers = pytest.mark.skipif(
+    torch.cuda.is_available() or importlib.util.find_spec("triton") is None,
+    reason="with a GPU the real thing is tested, and without Triton there is none",
+)
+
+
+@lowers
+@pytest.mark.filterwarnings("ignore")
+@DISTORTIONS
+def test_mix_lowers_to_few_kernels_that_compile(distort, fake, tmp_path):
+    loader, mix, draws = build(distort)
+    source = lowered(mix, (loader.views(draws), draws), fake)
+    made = kernels(source, tmp_path)
+    assert 1 <= len(made) <= 3
+    assert all("cubin" in assembly for assembly in made)
+    assert "extern_kernels." not in source
+
+
+@lowers
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("distort", [Distort(), Distort(cutout=8)], ids=["crop flip", "cutout"])
+def test_gather_crop_flip_and_mix_lower_to_few_kernels_that_compile(distort, fake, tmp_path):
+    loader, mix, draws = build(distort)
+    source = lowered(lambda draws: mix(loader.views(draws), draws), (draws,), fake)
+    made = kernels(source, tmp_path)
+    assert 1 <= len(made) <= 5
+    assert all("cubin" in assembly for assembly in made)
+    assert "extern_kernels." not in source
