@@ -51,8 +51,8 @@ def place_boxes(
             start_2, stop_2 = _clipped(centre_2, cut_2, size_2)
             extent_12 = (stop_2 - start_2).unsqueeze(-2)
         room_12 = size_2 - extent_12
-        # minimum: in float32 a uniform just below 1 times (room + 1) can round up to room + 1.
-        start_J2 = (place_J2 * (room_12 + 1)).floor().minimum(room_12)
+        # At most room: in floating point too, a uniform below 1 times an integer stays below that integer.
+        start_J2 = (place_J2 * (room_12 + 1)).floor()
         stop_J2 = start_J2 + extent_12
         extent_L2 = extent_12
     else:

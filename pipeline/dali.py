@@ -25,7 +25,7 @@ from cutnmix.pipeline.distort import (
     view_matrix,
     view_size,
 )
-from cutnmix.pipeline.plan import Distort, Plan
+from cutnmix.pipeline.plan import Distort, Draws, Plan
 
 # DALI makes its operators at run time and its stubs do not type the code of a graph: to the type checker they are Any.
 fn: Any = dali.fn
@@ -35,6 +35,8 @@ pipeline_def: Any = dali.pipeline_def
 
 # The shorter side of a test image is scaled to 256 / 224 of the crop, then the centre is cut out: the field's standard.
 _CENTRE_FRACTION = 224 / 256
+
+_READ = 512  # images of one run, for arrays
 
 
 class DaliLoader:
@@ -76,6 +78,8 @@ class DaliLoader:
             self._source_NHWC = padded_NHWC if distort.rotation else beside_mirror(padded_NHWC)
         self._feed: Iterator[list] = iter(())
         self._started = False
+        # Part of a run's cost is fixed, so that batches of small images go through the graph several at a time.
+        self._steps_per_read = max(1, _READ // batch_size) if dataset.in_memory else 1
         on_gpu = self.device.type == "cuda"
         pipeline = _graph(
             self._next_feed,
@@ -84,7 +88,7 @@ class DaliLoader:
             self.size,
             num_views,
             on_gpu,
-            batch_size=batch_size,
+            batch_size=self._steps_per_read * batch_size,
             num_threads=num_threads,
             device_id=(self.device.index or 0) if on_gpu else None,
             prefetch_queue_depth=prefetch,
@@ -95,26 +99,37 @@ class DaliLoader:
 
     def epoch(self, plan: Plan, start: int = 0) -> Iterator[Views]:
         """The views of steps start, start + 1, ... of a plan. An epoch left early costs nothing but its prefetch."""
-        host = plan.to("cpu")
-        feed = (self._read(host, step) for step in range(start, len(plan)))
+        feed = self._reads(plan.to("cpu"), start)
         self._start(feed)
         step = start
         try:
             for (outputs,) in self._iterator:
-                draws = plan.step(step)
-                image_VBHWC = torch.stack([outputs[f"view{v}"] for v in range(self.num_views)])
-                hole_VBHW = None if draws.hole_VB4 is None else hole_mask(draws.hole_VB4, self.size)
-                label_B = self.label_N[draws.index_B]
-                yield Views(image_VBHWC.permute(0, 1, 4, 2, 3), hole_VBHW, label_B, draws.index_B)
-                step += 1
-                if self._feed is not feed:
-                    raise RuntimeError("this epoch is over: a later epoch of the same loader has begun")
+                for image_VBHWC in self._split(outputs, plan.batch_size):
+                    draws = plan.step(step)
+                    hole_VBHW = None if draws.hole_VB4 is None else hole_mask(draws.hole_VB4, self.size)
+                    label_B = self.label_N[draws.index_B]
+                    yield Views(image_VBHWC.permute(0, 1, 4, 2, 3), hole_VBHW, label_B, draws.index_B)
+                    step += 1
+                    if self._feed is not feed:
+                        raise RuntimeError("this epoch is over: a later epoch of the same loader has begun")
         except RuntimeError as error:
-            self._name_culprit(error, host, step)
+            self._name_culprit(error, plan, step)
             raise
         finally:
             if self._feed is feed:
                 self._feed = iter(())
+
+    def _reads(self, plan: Plan, start: int) -> Iterator[list]:
+        """What DALI is fed: `self._steps_per_read` steps at a time."""
+        total, read = len(plan.index_N), self._steps_per_read * plan.batch_size
+        for first in range(start * plan.batch_size, total, read):
+            yield self._read(plan.positions(first, min(first + read, total)))
+
+    def _split(self, outputs: dict[str, Tensor], batch_size: int) -> Iterator[Tensor]:
+        """One read's V outputs as (V, B, H, W, C) of each of its steps, contiguous."""
+        views = [outputs[f"view{v}"].split(batch_size) for v in range(self.num_views)]
+        for step_views in zip(*views, strict=True):
+            yield torch.stack(step_views)
 
     def close(self) -> None:
         """Release DALI's threads and buffers."""
@@ -123,9 +138,8 @@ class DaliLoader:
     def _next_feed(self) -> list:
         return next(self._feed)  # StopIteration ends DALI's epoch
 
-    def _read(self, plan: Plan, step: int) -> list:
-        """One batch for the external source: the images, then each view's arguments."""
-        draws = plan.step(step)
+    def _read(self, draws: Draws) -> list:
+        """One read for the external source: the images, then each view's arguments."""
         index_B = draws.index_B.numpy()
         if self.dataset.in_memory:
             feed: list = [self._source_NHWC[index_B]]

@@ -161,22 +161,30 @@ class Plan:
 
     def step(self, s: int) -> Draws:
         """The draws of step s: views of the plan's tensors, no copies, no host synchronisation."""
-        at = slice(s * self.batch_size, (s + 1) * self.batch_size)
+        start, stop = s * self.batch_size, (s + 1) * self.batch_size
+        return self.positions(start, stop)._replace(
+            partner_B=None if self.partner_N is None else self.partner_N[start:stop],
+            lam_L=None if self.lam_SL is None else self.lam_SL[s],
+            box_M4=None if self.box_SM4 is None else self.box_SM4[s],
+        )
+
+    def positions(self, start: int, stop: int) -> Draws:
+        """The draws of a range of positions, whichever steps they belong to: what a loader needs, without the mix."""
 
         def per_view(field: Tensor | None) -> Tensor | None:
-            return None if field is None else field[:, at]
+            return None if field is None else field[:, start:stop]
 
         return Draws(
-            index_B=self.index_N[at],
-            crop_VB2=self.crop_VN2[:, at],
-            flip_VB=self.flip_VN[:, at],
+            index_B=self.index_N[start:stop],
+            crop_VB2=self.crop_VN2[:, start:stop],
+            flip_VB=self.flip_VN[:, start:stop],
             region_VB4=per_view(self.region_VN4),
             colour_VB4=per_view(self.colour_VN4),
             angle_VB=per_view(self.angle_VN),
             hole_VB4=per_view(self.hole_VN4),
-            partner_B=None if self.partner_N is None else self.partner_N[at],
-            lam_L=None if self.lam_SL is None else self.lam_SL[s],
-            box_M4=None if self.box_SM4 is None else self.box_SM4[s],
+            partner_B=None,
+            lam_L=None,
+            box_M4=None,
         )
 
 

@@ -1,5 +1,7 @@
 """CutnMix: every pixel from self or partner, every target worth its pixels, for the functions and the Kornia class."""
 
+import doctest
+
 import kornia.augmentation as K
 import numpy as np
 import oracle
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
+from cutnmix.pipeline import cutnmix
 from cutnmix.pipeline.boxes import BOX_RULES
 from cutnmix.pipeline.cutnmix import CutnMix, mix_target, one_hot, paste
 
@@ -354,6 +357,11 @@ def test_other_data_keys_are_refused_by_name(key):
 
 
 # In Kornia's house
+
+
+def test_the_documented_example_is_true():
+    tested = doctest.testmod(cutnmix)
+    assert tested.attempted > 0 and tested.failed == 0
 
 
 def test_repr_says_what_is_set():

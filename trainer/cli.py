@@ -52,7 +52,8 @@ def evaluate(run: Run, best: Annotated[bool, typer.Option(help="best.pt, chosen 
     parts = build(config)
     try:
         position, _, _ = checkpoint.restore(checkpoint.load(path, parts.setting.device), parts.learner)
-        Display().table(f"{run}, {path.name}: {position.epoch} epochs", score(parts))
+        epochs = position.epoch + position.step / len(parts.plan(0))
+        Display().table(f"{run}, {path.name}: {epochs:.4g} epochs", score(parts))
     finally:
         parts.close()
 

@@ -2,7 +2,10 @@
 
 import os
 import platform
+import shlex
 import shutil
+import sysconfig
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -79,12 +82,23 @@ def _fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def _missing_compiler(device: torch.device) -> str | None:
-    """What torch.compile lacks on this machine, or None."""
+    """What torch.compile lacks on this machine, or None.
+
+    Inductor builds its CPU kernels in C++, Triton its launchers in C, both against Python's headers. Looked for where
+    the two look.
+    """
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
-        return None if has_triton() else "Triton"
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    if platform.system() == "Windows":
-        names = ["cl"]
-    return None if any(shutil.which(name) for name in names) else f"a C++ compiler ({' or '.join(names)})"
+        if not has_triton():
+            return "Triton"
+        language, names = "C", [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    else:
+        default = {"Windows": "cl", "Darwin": "clang++"}.get(platform.system(), "g++")
+        language, names = "C++", [os.environ.get("CXX", default)]
+    # A name may carry options ("ccache g++"); on Windows it is a path with backslashes and spaces.
+    commands = names if platform.system() == "Windows" else [(shlex.split(name) or [""])[0] for name in names]
+    if not any(shutil.which(command) for command in commands):
+        return f"a {language} compiler ({' or '.join(names)})"
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return None if headers.exists() else f"Python's headers ({headers})"

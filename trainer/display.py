@@ -18,7 +18,7 @@ class Display:
     """Owns the console. On a terminal: epoch, step, images/s, loss parts and ETA, live; elsewhere no bar at all."""
 
     def __init__(self, console: Console | None = None):
-        self.console = console or Console(highlight=False)
+        self.console = console or Console(highlight=False, markup=False, emoji=False)  # a path is shown as it is
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._epochs = 0

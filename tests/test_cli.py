@@ -1,0 +1,300 @@
+"""The command line from recipe to result, and what it says to a mistake."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from cutnmix.models import NETWORKS, build_network
+from cutnmix.models.peers import Peers
+from cutnmix.pipeline.datasets import DATASETS
+from cutnmix.trainer import cli, run
+from cutnmix.trainer.config import load_config
+from cutnmix.trainer.display import Display
+from cutnmix.trainer.folder import RunError, RunFolder
+from cutnmix.trainer.methods import METHODS
+
+SMALL = ["data.images_per_class=8", "epochs=2", "log_every=1"]
+
+
+def cutnmix(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, without a terminal."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "cutnmix.trainer", *arguments], capture_output=True, text=True, env=env
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[RunFolder, str]:
+    """A run of two epochs, and what it printed."""
+    runs = tmp_path_factory.mktemp("runs")
+    done = cutnmix("train", "quickstart", *SMALL, f"runs={runs}", "name=run")
+    assert (done.returncode, done.stderr) == (0, "")
+    return RunFolder(runs / "run"), done.stdout
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """The command in this process: (exit code, standard output, standard error)."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cutnmix", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return int(left.value.code or 0), *capsys.readouterr()
+
+    return call
+
+
+# A run
+
+
+def test_a_run_leaves_what_it_promises(trained):
+    folder, _ = trained
+    files = {str(path.relative_to(folder.path)) for path in folder.path.rglob("*") if path.is_file()}
+    events = {name for name in files if re.fullmatch(r"tensorboard/events\.out\.tfevents\..+", name)}
+    assert len(events) == 1
+    assert files - events == {
+        ".lock", "config.yaml", "metrics.jsonl", "batch.png", "curves.png", "result.json",
+        "checkpoints/last.pt", "checkpoints/best.pt", "peers/peer0.safetensors", "peers/peer1.safetensors",
+    }  # fmt: skip
+    assert all((folder.path / name).stat().st_size > 0 for name in files - {".lock"})
+
+
+def test_records_tell_of_every_step_and_epoch(trained):
+    folder, _ = trained
+    train, test = ([r for r in folder.records() if r["kind"] == kind] for kind in ("train", "test"))
+    assert [record["step"] for record in train] == [1, 2, 3, 4]
+    assert [record["epoch"] for record in train] == [0.5, 1, 1.5, 2]
+    assert all(record["loss"].keys() == {"ce", "dml", "mmd", "pt", "pt_ce", "total"} for record in train)
+    for record in train:
+        total = record["loss"].pop("total")
+        assert total == pytest.approx(sum(record["loss"].values()))
+    assert [(record["epoch"], record["step"]) for record in test] == [(1, 2), (2, 4)]
+    assert test[0]["scores"].keys() == {"peer0", "peer1", "mean", "best_peer", "ensemble", "teacher"}
+
+
+def test_the_headline_is_the_last_epochs_mean_over_peers(trained):
+    folder, _ = trained
+    result, last = json.loads(folder.result.read_text()), folder.records()[-1]
+    assert last["kind"] == "test" and last["epoch"] == 2
+    assert result["headline"]["top1"] == last["scores"]["mean"]["top1"]
+    assert "last epoch" in result["headline"]["what"] and "mean over peers" in result["headline"]["what"]
+    assert result["last_epoch"] == {"epoch": 2, "scores": last["scores"]}
+    best = max((r for r in folder.records() if r["kind"] == "test"), key=lambda r: r["scores"]["mean"]["top1"])
+    assert result["best_epoch_on_test"] == {"epoch": best["epoch"], "scores": best["scores"]}
+    assert {"hardware", "versions", "precision", "images_per_s"} <= result.keys()
+
+
+def test_tensorboard_shows_the_records(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _ = trained
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    test = [record for record in folder.records() if record["kind"] == "test"]
+    shown = [(event.step, event.value) for event in events.Scalars("test/top1/mean")]
+    assert shown == [(r["step"], pytest.approx(r["scores"]["mean"]["top1"])) for r in test]
+    assert len(events.Scalars("loss/dml")) == 4
+
+
+def test_without_a_terminal_there_is_no_bar_and_no_escape(trained):
+    _, printed = trained
+    assert "\x1b" not in printed and "\r" not in printed and "images/s" not in printed
+    assert printed.count("top-1 %: mean") == 2
+
+
+def test_on_a_terminal_there_is_a_live_bar(tmp_path, monkeypatch):
+    monkeypatch.setitem(NETWORKS, "tiny", Tiny)
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=200, _environ={"TERM": "xterm"})
+    keys = ["peers.network=tiny", "data.classes=2", f"runs={tmp_path}"]
+    run.train(load_config("quickstart", [*SMALL, *keys]), Display(console))
+    assert all(part in screen.getvalue() for part in ("epoch 2/2", "step 1/1", "images/s", "left", "dml", "total"))
+
+
+def test_exported_peers_are_the_checkpoints_in_plain_torch(trained):
+    folder, _ = trained
+    peers = Peers("resnet20", count=2, num_classes=10, seed=1)
+    peers.load_state_dict(torch.load(folder.last, weights_only=True)["learner"]["peers"])
+    image_BCHW = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for j, net in enumerate(peers.eval().nets):
+        with safe_open(folder.peers / f"peer{j}.safetensors", "pt") as file:
+            meta = file.metadata()
+            plain = build_network(meta["network"], int(meta["num_classes"])).eval()
+            plain.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+        with torch.no_grad():
+            assert torch.equal(plain(image_BCHW)[0], net(image_BCHW)[0])
+
+
+# evaluate and report
+
+
+def rows(printed: str) -> dict[str, list[str]]:
+    """A table's rows by their name."""
+    cells = ([cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if "│" in line)
+    return {name: values for name, *values in cells}
+
+
+def test_evaluate_gives_the_score_on_record(trained):
+    folder, printed = trained
+    done = cutnmix("evaluate", folder.path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{folder.path}, last.pt: 2 epochs" in done.stdout
+    assert rows(done.stdout) == rows(printed)
+    mean = folder.records()[-1]["scores"]["mean"]
+    assert rows(done.stdout)["mean"][0] == f"{mean['top1']:.2f}"
+
+
+def test_evaluate_best_gives_the_score_of_the_best_epoch(trained, command):
+    folder, _ = trained
+    best = json.loads(folder.result.read_text())["best_epoch_on_test"]
+    code, printed, _ = command("evaluate", folder.path, "--best")
+    assert code == 0
+    assert f"best.pt: {best['epoch']} epochs" in printed
+    assert rows(printed)["mean"][2] == f"{best['scores']['mean']['nll']:.3f}"
+
+
+def test_report_shows_the_last_evaluation_and_draws_the_curves(trained, command):
+    folder, printed = trained
+    folder.curves.unlink()
+    code, shown, _ = command("report", folder.path)
+    assert code == 0
+    assert rows(shown) == rows(printed) and folder.curves.stat().st_size > 0
+
+
+def test_report_works_before_the_first_evaluation(tmp_path, command):
+    folder = RunFolder(tmp_path / "[run]")  # brackets are no markup
+    folder.begin(load_config("quickstart"))
+    code, shown, _ = command("report", folder.path)
+    assert code == 0
+    assert f"{folder.path}: no evaluation yet, 0 training records" in shown and folder.curves.exists()
+
+
+# Mistakes: exit code 2, one line, no traceback, nothing left behind
+
+
+def test_a_mistake_is_one_line_and_no_traceback(tmp_path):
+    done = cutnmix("train", "quickstart", "epohcs=1", f"runs={tmp_path / 'runs'}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: epohcs (command line): unknown key; did you mean epochs?")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("method.temprature=2", "method.temprature (command line): unknown key; did you mean method.temperature?"),
+        ("method.temperature=-2", "method.temperature must be > 0"),
+        ("peers.count=1", "peers.count must be at least 2 for cutnmix"),
+        ("peers.network=resnt20", "peers.network: no 'resnt20', did you mean 'resnet20'?"),
+        ("data=digit", f"data.name: 'digit' is none of {', '.join(DATASETS)}; the nearest is 'digits'"),
+        ("data=folder", "distort.pad"),
+        ("data.classes=11", "data.classes: 11 is not within 2..10"),
+        ("data.images_per_class=1000", "data.images_per_class: 1000 asked"),
+        ("device=cuda:99", "device: cuda:99 is not here"),
+    ],
+)
+def test_what_has_no_meaning_is_refused_before_anything_is_written(override, said, tmp_path, command):
+    runs = tmp_path / "runs"
+    pad = ["distort.pad=2"] if override == "data=folder" else []
+    code, printed, error = command("train", "quickstart", override, *pad, f"runs={runs}")
+    assert (code, printed) == (2, "")
+    assert error.startswith(f"error: {said}") and error.count("\n") == 1
+    assert not runs.exists()
+
+
+def test_drop_last_without_a_full_batch_is_refused(tmp_path, command):
+    code, _, error = command(
+        "train", "quickstart", *SMALL, "loader.drop_last=true", "batch_size=81", f"runs={tmp_path}"
+    )
+    assert code == 2
+    assert error.startswith("error: batch_size: 81 is more than the 80 training images")
+
+
+def test_missing_data_is_named(tmp_path, command):
+    keys = ["data=cifar100", f"data.root={tmp_path}", "data.download=false", f"runs={tmp_path / 'runs'}"]
+    code, _, error = command("train", "paper", *keys)
+    assert code == 2
+    assert error.startswith(f"error: data.root: {tmp_path / 'cifar-100-python'} lacks train, test, meta")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_holds_a_run_is_refused(trained, command):
+    folder, _ = trained
+    code, _, error = command("train", "quickstart", *SMALL, f"runs={folder.path.parent}", f"name={folder.path.name}")
+    assert code == 2
+    assert error == f"error: {folder.path} holds a run already: resume=auto goes on with it, name=NAME starts another\n"
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "report"])
+def test_what_is_no_run_is_refused(verb, tmp_path, command):
+    code, _, error = command(verb, tmp_path / "none")
+    assert code == 2
+    assert error == f"error: {tmp_path / 'none'} is not a run: it has no config.yaml\n"
+
+
+def test_a_run_without_a_checkpoint_cannot_be_evaluated(tmp_path, command):
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(load_config("quickstart"))
+    code, _, error = command("evaluate", folder.path)
+    assert code == 2
+    assert error == f"error: {folder.last} is not there: the run has not saved a checkpoint yet\n"
+
+
+# Every combination
+
+
+class Tiny(nn.Module):
+    feature_dim = 4
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 5, stride=4), nn.Linear(4, num_classes)
+
+    def forward(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        feature_BD = self.conv(image_BCHW).relu().mean((2, 3))
+        return self.head(feature_BD), feature_BD
+
+
+COMBINATIONS = [
+    (*keys, ["dali", "resident"][i % 2])
+    for i, keys in enumerate(product(["shared", "per_peer"], ["none", "cutmix", "cutnmix"], METHODS))
+]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A tiny network and no pictures."""
+    monkeypatch.setitem(NETWORKS, "tiny", Tiny)
+    monkeypatch.setattr(run, "draw_batch", lambda *_, **__: None)
+    monkeypatch.setattr(run, "draw_curves", lambda *_: None)
+
+
+@pytest.mark.parametrize(("views", "mix", "method", "loader"), COMBINATIONS)
+def test_every_combination_of_views_mix_and_method_trains(views, mix, method, loader, quick, tmp_path):
+    keys = [f"views={views}", f"mix={mix}", f"method={method}", f"loader={loader}", f"runs={tmp_path}"]
+    size = ["data.classes=3", "data.images_per_class=7", "batch_size=8", "peers.network=tiny", "epochs=1"]
+    config = load_config("quickstart", [*size, *keys])
+    result = run.train(config)
+    assert result["steps"] == 3
+    records = RunFolder(config.folder).records()
+    assert records[0]["loss"]["total"] > 0
+    assert ("teacher" in result["last_epoch"]["scores"]) == (method == "cutnmix")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_name(quick, tmp_path):
+    keys = ["peers.network=tiny", "data.classes=3", "precision=fp32", "optimizer.lr=1e30", "schedule=constant"]
+    with pytest.raises(RunError, match=r"step \d: ce, .*total is not finite; lower optimizer\.lr"):
+        run.train(load_config("quickstart", [*SMALL, *keys, f"runs={tmp_path}"]))

@@ -1,0 +1,174 @@
+"""What `auto` means here, what cannot be had, and that a compiled run is the eager one."""
+
+import sysconfig
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cutnmix.models import NETWORKS
+from cutnmix.trainer import device, run
+from cutnmix.trainer.build import build
+from cutnmix.trainer.config import ConfigError, load_config
+from cutnmix.trainer.device import Setting, choose
+from cutnmix.trainer.step import Tally
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+
+
+def chosen(*overrides: str) -> Setting:
+    return choose(load_config("quickstart", overrides))
+
+
+# auto
+
+
+@no_gpu
+def test_auto_without_a_gpu_is_the_cpu_uncompiled():
+    setting = chosen()
+    assert (setting.device, setting.compile, setting.notes) == (torch.device("cpu"), "none", [])
+
+
+@pytest.mark.parametrize(("avx512", "amx", "name"), [(0, 0, "fp32"), (1, 0, "bf16"), (0, 1, "bf16"), (1, 1, "bf16")])
+def test_auto_is_bf16_only_where_the_cpu_multiplies_it(avx512, amx, name, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
+    assert chosen("device=cpu").dtype == DTYPES[name]
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_a_precision_that_is_asked_for_is_given(precision):
+    assert chosen("device=cpu", f"precision={precision}").dtype == DTYPES[precision]
+
+
+@pytest.mark.parametrize(("hardware", "name"), [(True, "bf16"), (False, "fp16")])
+def test_auto_on_a_gpu_is_bf16_or_else_fp16_compiled_by_peer(hardware, name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: hardware and not including_emulation
+    )
+    monkeypatch.setattr(device, "_missing_compiler", lambda _: None)
+    assert chosen() == Setting(torch.device("cuda"), DTYPES[name], "peers", [])
+    assert chosen("device=cuda:1", "compile=none").device == torch.device("cuda:1")
+
+
+@pytest.mark.gpu
+def test_auto_with_a_gpu_is_the_gpu():
+    assert chosen().device.type == "cuda"
+
+
+# What is not there
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "meta", "mps", "cuda:99"])
+def test_a_device_that_is_not_here_is_refused_with_its_key(name):
+    with pytest.raises(ConfigError, match=rf"^device: '?{name}'? is "):
+        chosen(f"device={name}")
+
+
+@no_gpu
+def test_cuda_is_refused_where_there_is_none():
+    with pytest.raises(ConfigError, match="device: cuda is not here; torch sees 0 CUDA devices"):
+        chosen("device=cuda")
+
+
+@pytest.mark.parametrize("grain", ["peers", "step"])
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("PATH", "", r"needs a C\+\+ compiler \((g|clang)\+\+\)"),
+        ("CXX", "/nowhere/g++ -O2", r"needs a C\+\+ compiler \(/nowhere/g\+\+ -O2\)"),
+        ("CXX", "", r"needs a C\+\+ compiler"),
+    ],
+)
+def test_without_a_compiler_the_run_is_eager_after_one_clear_line(grain, variable, value, said, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv(variable, value)
+    setting = chosen("device=cpu", f"compile={grain}")
+    assert setting.compile == "none"
+    (note,) = setting.notes
+    assert pytest.helpers_match(said, note) if hasattr(pytest, "helpers_match") else __import__("re").search(said, note)
+
+
+def test_without_pythons_headers_the_run_is_eager(tmp_path, monkeypatch):
+    monkeypatch.setattr(device.shutil, "which", lambda command: command)
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    setting = chosen("device=cpu", "compile=peers")
+    assert setting.compile == "none" and "Python's headers" in setting.notes[0]
+
+
+def test_a_compiler_with_options_is_one(monkeypatch):
+    monkeypatch.setattr(device.shutil, "which", lambda command: command if command == "ccache" else None)
+    monkeypatch.setenv("CXX", "ccache g++")
+    assert chosen("device=cpu", "compile=peers").compile == "peers"
+
+
+@no_gpu
+def test_a_gpu_needs_triton():
+    assert device._missing_compiler(torch.device("cuda")) == "Triton"
+
+
+@pytest.mark.parametrize(("found", "lacks"), [("clang", None), ("gcc", None), ("g++", "a C compiler (gcc or clang)")])
+def test_triton_needs_a_c_compiler(found, lacks, monkeypatch):
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.setattr(device.shutil, "which", lambda command: command if command == found else None)
+    monkeypatch.delenv("CC", raising=False)
+    assert device._missing_compiler(torch.device("cuda")) == lacks
+
+
+def test_the_note_is_shown_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(NETWORKS, "tiny", Tiny)
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    keys = [
+        "device=cpu",
+        "compile=peers",
+        "peers.network=tiny",
+        "data.images_per_class=4",
+        "epochs=1",
+        f"runs={tmp_path}",
+    ]
+    result = run.train(load_config("quickstart", keys))
+    assert result["compile"] == "none"
+    assert capsys.readouterr().out.count("running eagerly") == 1
+
+
+# Compiled
+
+
+class Tiny(nn.Module):
+    feature_dim = 4
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 5, stride=4), nn.BatchNorm2d(4), nn.Linear(4, num_classes)
+
+    def forward(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        feature_BD = self.norm(self.conv(image_BCHW)).relu().mean((2, 3))
+        return self.head(feature_BD), feature_BD
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Inductor's and Dynamo's own
+@pytest.mark.parametrize("grain", ["peers", "step"])
+def test_a_compiled_step_is_the_eager_one(grain, monkeypatch):
+    """With Inductor and the compiler of this machine, all of build's own wiring, two sizes of batch."""
+    monkeypatch.setitem(NETWORKS, "tiny", Tiny)
+    keys = ["device=cpu", "precision=fp32", "peers.network=tiny", "data.images_per_class=3", "batch_size=20"]
+    trained = {}
+    for compile in ("none", grain):
+        torch._dynamo.reset()
+        parts = build(load_config("quickstart", [*keys, "loader=resident", f"compile={compile}"]))
+        if compile == grain and parts.setting.notes:
+            pytest.skip(parts.setting.notes[0])
+        assert parts.setting.compile == compile
+        plan, tally = parts.plan(0), Tally([])
+        for s, views in enumerate(parts.loader.epoch(plan)):
+            parts.step.train(parts.learner, views, plan.step(s), tally, lr=0.05, share=1.0, update=True)
+        trained[compile] = tally.read(), parts.learner.peers.state_dict()
+    (eager_losses, eager), (losses, compiled) = trained.values()
+    assert losses == pytest.approx(eager_losses, rel=1e-5)
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
+    counts = torch._dynamo.utils.counters["stats"]
+    assert counts["unique_graphs"] > 0
