@@ -63,7 +63,8 @@ def peer_steps(
 
 
 def _cell(rate: Spread) -> str:
-    return f"{rate.median:,.0f} ({rate.low:,.0f}..{rate.high:,.0f})"
+    median, low, high = (f"{value / 1000:.0f}" for value in rate[:3])
+    return f"{median}k ({low}..{high})"
 
 
 def _report(table: Table, record: dict[str, Any], out: Path | None) -> None:

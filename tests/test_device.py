@@ -1,5 +1,6 @@
 """What `auto` means here, what cannot be had, and that a compiled run is the eager one."""
 
+import sys
 import sysconfig
 
 import pytest
@@ -62,7 +63,7 @@ def test_auto_with_a_gpu_is_the_gpu():
 # What is not there
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:x", "meta", "mps", "cuda:99"])
+@pytest.mark.parametrize("name", ["gpu0", "cuda:x", "meta", "mps", "cuda:99"])
 def test_a_device_that_is_not_here_is_refused_with_its_key(name):
     with pytest.raises(ConfigError, match=rf"^device: '?{name}'? is "):
         chosen(f"device={name}")
@@ -78,9 +79,9 @@ def test_cuda_is_refused_where_there_is_none():
 @pytest.mark.parametrize(
     ("variable", "value", "said"),
     [
-        ("PATH", "", r"needs a C\+\+ compiler \((g|clang)\+\+\)"),
-        ("CXX", "/nowhere/g++ -O2", r"needs a C\+\+ compiler \(/nowhere/g\+\+ -O2\)"),
-        ("CXX", "", r"needs a C\+\+ compiler"),
+        ("PATH", "", "clang++" if sys.platform == "darwin" else "g++"),
+        ("CXX", "/nowhere/g++ -O2", "/nowhere/g++ -O2"),
+        ("CXX", "", ""),
     ],
 )
 def test_without_a_compiler_the_run_is_eager_after_one_clear_line(grain, variable, value, said, monkeypatch):
@@ -89,7 +90,10 @@ def test_without_a_compiler_the_run_is_eager_after_one_clear_line(grain, variabl
     setting = chosen("device=cpu", f"compile={grain}")
     assert setting.compile == "none"
     (note,) = setting.notes
-    assert pytest.helpers_match(said, note) if hasattr(pytest, "helpers_match") else __import__("re").search(said, note)
+    assert (
+        note
+        == f"torch.compile needs a C++ compiler ({said}), which is not here: running eagerly, with the same results"
+    )
 
 
 def test_without_pythons_headers_the_run_is_eager(tmp_path, monkeypatch):
@@ -153,9 +157,9 @@ class Tiny(nn.Module):
 @pytest.mark.filterwarnings("ignore")  # Inductor's and Dynamo's own
 @pytest.mark.parametrize("grain", ["peers", "step"])
 def test_a_compiled_step_is_the_eager_one(grain, monkeypatch):
-    """With Inductor and the compiler of this machine, all of build's own wiring, two sizes of batch."""
+    """With Inductor and the compiler of this machine, and build's own wiring."""
     monkeypatch.setitem(NETWORKS, "tiny", Tiny)
-    keys = ["device=cpu", "precision=fp32", "peers.network=tiny", "data.images_per_class=3", "batch_size=20"]
+    keys = ["device=cpu", "precision=fp32", "peers.network=tiny", "data.images_per_class=3", "batch_size=15"]
     trained = {}
     for compile in ("none", grain):
         torch._dynamo.reset()
@@ -170,5 +174,4 @@ def test_a_compiled_step_is_the_eager_one(grain, monkeypatch):
     (eager_losses, eager), (losses, compiled) = trained.values()
     assert losses == pytest.approx(eager_losses, rel=1e-5)
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-6)
-    counts = torch._dynamo.utils.counters["stats"]
-    assert counts["unique_graphs"] > 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0

@@ -194,6 +194,20 @@ def test_compiled_is_eager(method, grain):
     torch.testing.assert_close(weights(learner), weights(eager.learner), rtol=1e-4, atol=1e-6)
 
 
+def test_peers_of_any_number_compile_to_the_same_few_graphs():
+    """One for all peers: compile time does not grow with J."""
+    counts = []
+    for J in (2, 5):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        parts = parts_of(f"peers.count={J}", "peers.network=normed")
+        for net in parts.learner.peers.nets:
+            net.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+        train(parts)
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts == [1, 1]
+
+
 def test_compiled_modules_keep_the_names_of_a_checkpoint():
     parts = parts_of()
     names = parts.learner.state_dict()["peers"].keys()

@@ -27,8 +27,8 @@ def choose(config: Config) -> Setting:
     """Resolve device, precision and compile.
 
     Precision: bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a CPU. Compile: one graph a peer on
-    a GPU (compile time does not grow with J); nothing on a CPU, where it costs more than it gives in a short run and
-    bf16 in channels_last runs several times slower compiled than eagerly.
+    a GPU (compile time does not grow with J; chosen without a GPU to measure on); nothing on a CPU, where compiling
+    takes most of a minute and gains little.
 
     Raises:
         ConfigError: for a device that is not there.

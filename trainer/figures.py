@@ -19,6 +19,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogLocator
 from torch import Tensor
 
 from cutnmix.pipeline.batch import Batch, Views
@@ -43,7 +44,8 @@ SCORE_STYLES: dict[str, Style] = {
     "mean": {"color": INK, "linewidth": 2.6},
 }
 MAX_PEERS = 4  # drawn as pictures, or labelled one by one
-MARGIN, CELL, GAP = 1.35, 1.78, 0.16  # inches in the picture of a batch; a mask and 6 images make 15 inches
+MARGIN, GAP = 1.45, 0.16  # inches, in the picture of a batch
+CELL = (15 - MARGIN) / 7 - GAP  # so that a mask and 6 images make 15 inches
 
 
 def draw_curves(records: list[dict], path: Path, title: str) -> None:
@@ -66,13 +68,17 @@ def draw_curves(records: list[dict], path: Path, title: str) -> None:
     names = dict.fromkeys(name for record in train for name in record["loss"])
     points = {name: [(record["epoch"], record["loss"].get(name)) for record in train] for name in names}
     losses = [_curve(name, "{:.3g}", points[name], LOSS_STYLES.get(name) or next(others)) for name in names]
-    _panel(loss, losses, "Training loss: weighted terms, each summed over peers", "loss (nats; mmd: squared)", log=True)
+    losses = [line for curve in losses for line in _smoothed(curve)]
+    _panel(loss, losses, "Training loss: total = sum of the weighted terms", "loss (nats; mmd: squared)", log=True)
 
-    rate = [(record["epoch"], record["lr"]) for record in train]
-    stairs = len({value for _, value in rate}) <= 10  # milestones, not a smooth schedule
-    style = {"color": INK, "drawstyle": "steps-post" if stairs else "default"}
-    _panel(lr, [_curve("lr", "{:.3g}", rate, style)], "Learning rate", "learning rate", log=stairs)
-    _panel(accuracy, _scores(test, "top1", "{:.1f} %"), "Test accuracy", "top-1 accuracy (%)")
+    style = {"color": INK, "drawstyle": "steps-post"}
+    rate = _curve("lr", "{:.3g}", [(record["epoch"], record["lr"]) for record in train], style)
+    values = np.unique(rate[2])
+    milestones = 1 < len(values) <= 5 and values[0] > 0  # otherwise constant, or a smooth schedule
+    _panel(lr, [rate], "Learning rate", "learning rate", log=milestones)
+    if milestones:
+        lr.set_yticks(values, [f"{value:g}" for value in values])
+    _panel(accuracy, _scores(test, "top1", "{:.1f}"), "Test accuracy", "top-1 accuracy (%)")
     _panel(nll, _scores(test, "nll", "{:.3f}"), "Test negative log-likelihood", "NLL (nats)")
     lr.set_xlabel("epoch")
     nll.set_xlabel("epoch")
@@ -89,12 +95,17 @@ def _scores(test: list[dict], key: str, form: str) -> list[Curve]:
     if len(peers) == 1:
         styles = {"teacher": SCORE_STYLES["teacher"], peers[0]: SCORE_STYLES["mean"]}
     else:
-        styles = {name: {"color": SKY, "linewidth": 1} for name in peers} | SCORE_STYLES
-    curves = {name: _curve(name, form, points[name], style) for name, style in styles.items() if name in points}
+        above = 3 if len(peers) <= MAX_PEERS else 1.9  # few lines cannot hide the mean, and it must not hide them
+        styles = {name: {"color": SKY, "linewidth": 1, "zorder": above} for name in peers} | SCORE_STYLES
+    curves = {
+        name: _curve(name.replace("peer", "peer "), form, points[name], style)
+        for name, style in styles.items()
+        if name in points
+    }
     drawn = [name for name in peers if curves[name][0]]
     if len(peers) > MAX_PEERS and drawn:
         low, *_, high = ranked = sorted(drawn, key=lambda name: curves[name][2][-1])
-        label = f"{len(peers)} peers\n{curves[low][2][-1]:.4g} to {form.format(curves[high][2][-1])}"
+        label = f"{len(peers)} peers\n{form.format(curves[low][2][-1])} to {form.format(curves[high][2][-1])}"
         middle = ranked[len(ranked) // 2]
         curves |= {name: (label if name == middle else "", *curves[name][1:]) for name in peers}
     return list(curves.values())
@@ -104,6 +115,15 @@ def _curve(name: str, form: str, points: list, style: Style) -> Curve:
     """A curve labelled with its last value; None stands for what was not recorded."""
     x, y = np.array([point for point in points if point[1] is not None], dtype=float).reshape(-1, 2).T
     return (f"{name}  {form.format(y[-1])}" if len(y) else "", x, y, style)
+
+
+def _smoothed(curve: Curve) -> list[Curve]:
+    """The curve; if it has more than 400 points, faint, and over it the means of 200 groups of its finite points."""
+    label, x, y, style = curve
+    if len(y) <= 400:
+        return [curve]
+    means = ([group.mean() for group in np.array_split(values[np.isfinite(y)], 200) if len(group)] for values in (x, y))
+    return [("", x, y, style | {"alpha": 0.25, "linewidth": 0.8}), (label, *map(np.array, means), style)]
 
 
 def _panel(axes: Axes, curves: list[Curve], title: str, unit: str, log: bool = False) -> None:
@@ -120,10 +140,15 @@ def _panel(axes: Axes, curves: list[Curve], title: str, unit: str, log: bool = F
     values = np.concatenate([np.empty(0), *(y[np.isfinite(y)] for _, _, y, _ in curves)])
     positive = values[values > 0]
     if not values.size:
-        axes.text(0.5, 0.5, "nothing yet", ha="center", color="#888888", transform=axes.transAxes)
-    elif log and positive.size and values.min() > -1e-3 * values.max():  # a term that vanishes may round to below 0
-        axes.set_yscale("log")
-        axes.set_ylim(max(positive.min(), 1e-5 * np.median(positive)) / 1.5, values.max() * 1.5)
+        axes.text(0.5, 0.5, "no values yet", ha="center", color="#888888", transform=axes.transAxes)
+        axes.set_yticks([])
+    elif log and len(positive) and values.max() > 5 * positive.min() and values.min() > -1e-3 * values.max():
+        axes.set_yscale("log")  # a term that vanishes may round to below 0, or to next to nothing
+        low, high = max(positive.min(), 1e-5 * np.median(positive)) / 1.5, values.max() * 1.5
+        axes.set_ylim(low, high)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     _label_ends(axes, [curve for curve in curves if curve[0]])
 
 
@@ -174,21 +199,22 @@ def draw_batch(
         path: of the file.
         num_images: columns, at most the batch's size.
     """
-    mean_C11, std_C11 = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
-    view_VBCHW = views.image_VBCHW[:MAX_PEERS].cpu().float() / 255
-    if views.hole_VBHW is not None:
-        view_VBCHW = torch.where(views.hole_VBHW[:MAX_PEERS, :, None].cpu(), mean_C11, view_VBCHW)
-    mixed_VBCHW = batch.image_VBCHW[:MAX_PEERS, :num_images].cpu().float() * std_C11 + mean_C11
-    target_LBK, label_B = batch.target_LBK[:MAX_PEERS, :num_images].cpu(), views.label_B.tolist()
     boxes, partner_B, lam_L = (
         [] if draw is None else draw.tolist() for draw in (draws.box_M4, draws.partner_B, draws.lam_L)
     )
-    num_views, num_peers, mixes = len(view_VBCHW), len(batch.image_VBCHW), bool(boxes)
+    mixes, num_peers, num_shown = bool(boxes), len(batch.image_VBCHW), min(num_images, len(views.label_B))
+    mean_C11, std_C11 = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
+    needed = [*range(num_shown), *partner_B[:num_shown]]  # image i and, num_shown further on, its partner
+    view_VBCHW = views.image_VBCHW[:MAX_PEERS, needed].cpu().float() / 255
+    if views.hole_VBHW is not None:
+        view_VBCHW = torch.where(views.hole_VBHW[:MAX_PEERS, needed, None].cpu(), mean_C11, view_VBCHW)
+    mixed_VBCHW = batch.image_VBCHW[:MAX_PEERS, :num_shown].cpu().float() * std_C11 + mean_C11
+    target_LBK, label_B = batch.target_LBK[:MAX_PEERS, :num_shown].cpu(), views.label_B[:num_shown].tolist()
     height, width = view_VBCHW.shape[-2:]
 
     # A canvas in inches, y downwards; `top` is where the next row begins, and at last the canvas's height.
     own, side = (BLUE, (CELL - GAP / 2) / 2) if mixes else (INK, CELL)
-    left = [MARGIN + (CELL + GAP) * (i + mixes) for i in range(mixed_VBCHW.shape[1])]
+    left = [MARGIN + (CELL + GAP) * (i + mixes) for i in range(num_shown)]
     figure = _figure(max(9, left[-1] + CELL + GAP), 1)
     canvas = figure.add_axes((0, 0, 1, 1))
     canvas.set_axis_off()
@@ -209,25 +235,31 @@ def draw_batch(
 
     title = "One training batch, " + ("mixed with lam = " if mixes else "not mixed")
     title += ", ".join(f"{lam:.2f}" for lam in lam_L[:MAX_PEERS])
-    title += f"  (the first {MAX_PEERS} of {num_peers} peers)" if num_peers > MAX_PEERS else ""
     write(GAP, 0.3, title, fontsize=15, weight="bold")
-    top = 0.6
+    notes = ["image: the view, with its partner's pixels inside the box"] * mixes
+    notes += ["target: lam x the view's label + (1 - lam) x its partner's label"] * mixes
+    notes += [f"peers 0 to {MAX_PEERS - 1} of {num_peers}"] * (num_peers > MAX_PEERS)
+    for n, note in enumerate(notes):
+        write(GAP, 0.6 + 0.2 * n, note)
+    top = 0.6 + 0.2 * len(notes)
     for j, mixed_BCHW in enumerate(mixed_VBCHW):
         box = boxes[j % len(boxes)] if mixes else [0, 0, 0, 0]
-        if j < num_views:
+        if j < len(view_VBCHW):
             middle = top + side * height / width / 2 - 0.11 * mixes
-            write(left[0] - GAP, middle, f"peer {j}: view" if num_views > 1 else "all peers: view", own, ha="right")
+            write(
+                left[0] - GAP, middle, f"peer {j}: view" if len(view_VBCHW) > 1 else "all peers: view", own, ha="right"
+            )
             if mixes:
                 write(left[0] - GAP, middle + 0.22, "its partner's view", VERMILLION, ha="right")
             for i, x in enumerate(left):
                 show(view_VBCHW[j, i], x, side, own)
                 if mixes:
-                    show(view_VBCHW[j, partner_B[i]], x + CELL - side, side, VERMILLION, box)
+                    show(view_VBCHW[j, num_shown + i], x + CELL - side, side, VERMILLION, box)
             top += side * height / width + GAP / 2
         if mixes:
             middle, kept = top + CELL * height / width / 2, 1 - (box[2] - box[0]) * (box[3] - box[1]) / (width * height)
             write(MARGIN - GAP, middle - 0.11, f"peer {j}: mixed" if num_peers > 1 else "all peers: mixed", ha="right")
-            write(MARGIN - GAP, middle + 0.11, f"{kept:.0%} kept", ha="right")
+            write(MARGIN - GAP, middle + 0.11, f"mask: {kept:.0%} kept", ha="right")
             mask_3HW = torch.tensor(to_rgb(BLUE))[:, None, None].repeat(1, height, width)
             mask_3HW[:, box[1] : box[3], box[0] : box[2]] = torch.tensor(to_rgb(VERMILLION))[:, None, None]
             show(mask_3HW, MARGIN, CELL, INK)
@@ -237,9 +269,15 @@ def draw_batch(
         if j == len(mixed_VBCHW) - 1 or j < len(target_LBK) - 1:
             for x, label, target_K in zip(left, label_B, target_LBK[min(j, len(target_LBK) - 1)], strict=False):
                 weights = {label: target_K[label].item()} | dict(enumerate(target_K.tolist()))
-                lines = [f"{weight:.2f} {classes[k]}" for k, weight in weights.items() if weight > 0][:2]
-                for n, line in enumerate(lines):
-                    write(x, top + 0.15 + 0.2 * n, ("+ " if n else "") + line, VERMILLION if n else own)
+                parts = [(k, weight) for k, weight in weights.items() if weight > 0][:2]
+                for n, (k, weight) in enumerate(parts):
+                    text = f"{'+ ' * (n > 0)}{weight:.2f} {classes[k]}"
+                    write(
+                        x,
+                        top + 0.15 + 0.2 * n,
+                        text if len(text) <= 23 else text[:20] + "...",
+                        own if k == label else VERMILLION,
+                    )
             top += 0.45
         top += GAP
     figure.set_figheight(top)
