@@ -216,9 +216,7 @@ def test_what_has_no_meaning_is_refused_before_anything_is_written(override, sai
 
 
 def test_drop_last_without_a_full_batch_is_refused(tmp_path, command):
-    code, _, error = command(
-        "train", "quickstart", *SMALL, "loader.drop_last=true", "batch_size=81", f"runs={tmp_path}"
-    )
+    code, _, error = command("train", "quickstart", *SMALL, "drop_last=true", "batch_size=81", f"runs={tmp_path}")
     assert code == 2
     assert error.startswith("error: batch_size: 81 is more than the 80 training images")
 

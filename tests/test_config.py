@@ -55,7 +55,7 @@ def test_the_paper_recipe_has_the_papers_numbers():
     assert (schedule.name, schedule.milestones, schedule.gamma) == ("step", [150, 180, 210], 0.1)
     assert schedule.warmup_epochs == 0
     assert (config.distort.pad, config.distort.flip, config.distort.cutout) == (4, 0.5, 0)
-    assert not config.loader.drop_last
+    assert not config.drop_last
 
 
 def test_the_defaults_are_the_paper_recipe():
@@ -70,16 +70,17 @@ runs: elsewhere
 seed: 7
 epochs: 3
 batch_size: 10
+drop_last: true
 eval_batch_size: 11
 views: shared
 mix: {name: cutmix, alpha: 0.5, probability: 0.25, box_rule: inside}
 method: {name: cutnmix, temperature: 2.5, alpha: 0.1, beta: 0.2, gamma: 0.3, tau2: false, mmd_detach: false, pt_grad_to_peers: true}
 data: {name: digits, root: somewhere, classes: [1, 5, '7'], images_per_class: 9, download: false}
 distort: {pad: 2, flip: 0.25, colour: {brightness: 0.1, contrast: 0.2, saturation: 0.3, hue: 40.0}, rotation: 15.0, cutout: 8}
-loader: {name: resident, threads: 3, prefetch: 4, drop_last: true}
+loader: {name: resident, threads: 3, prefetch: 4}
 peers: {network: resnet20, count: 5}
 optimizer: {lr: 0.001, momentum: 0.5, nesterov: false, weight_decay: 0.0, accumulate: 2}
-schedule: {name: cosine, milestones: [1.5, 2.0], gamma: 0.5, warmup_epochs: 0.5}
+schedule: {name: step, milestones: [1.5, 2.0], gamma: 0.5, warmup_epochs: 0.5}
 checkpoint: {every_epochs: 2, every_steps: 7, best: false}
 device: cpu
 precision: fp16
@@ -104,7 +105,7 @@ def test_the_round_trips_left_out_no_key(tmp_path):
     others = flat(yaml.safe_load(OTHER)) | flat(yaml.safe_load(FILES_ONLY)["distort"], "distort.")
     assert others.keys() == defaults.keys()
     same = {key for key, value in others.items() if defaults[key] == value}
-    assert same == {"method.name"}
+    assert same == {"method.name", "schedule.name"}  # whose other keys have no meaning under other names
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -319,3 +320,8 @@ def test_default_folder_names_tell_runs_apart():
 
 def test_a_name_is_the_folder_under_runs():
     assert load_config("paper", ["name=mine", "runs=there"]).folder == Path("there/mine")
+
+
+def test_schedule_keys_without_a_meaning_are_refused():
+    with pytest.raises(ConfigError, match=r"schedule\.milestones \(command line\): .*schedule.name: cosine"):
+        load_config("paper", ["schedule=cosine", "schedule.milestones=[1]"])

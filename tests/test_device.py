@@ -90,10 +90,7 @@ def test_without_a_compiler_the_run_is_eager_after_one_clear_line(grain, variabl
     setting = chosen("device=cpu", f"compile={grain}")
     assert setting.compile == "none"
     (note,) = setting.notes
-    assert (
-        note
-        == f"torch.compile needs a C++ compiler ({said}), which is not here: running eagerly, with the same results"
-    )
+    assert note.startswith(f"torch.compile needs a C++ compiler ({said}), which is not here: running eagerly")
 
 
 def test_without_pythons_headers_the_run_is_eager(tmp_path, monkeypatch):
@@ -163,6 +160,7 @@ def test_a_compiled_step_is_the_eager_one(grain, monkeypatch):
     trained = {}
     for compile in ("none", grain):
         torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
         parts = build(load_config("quickstart", [*keys, "loader=resident", f"compile={compile}"]))
         if compile == grain and parts.setting.notes:
             pytest.skip(parts.setting.notes[0])

@@ -94,9 +94,18 @@ def test_a_run_with_other_keys_is_refused_with_each_of_them(folder):
 
 @pytest.mark.parametrize(
     "free",
-    ["runs=there", "name=other", "loader=resident", "loader.threads=3", "loader.prefetch=5", "checkpoint.every_steps=3",
-     "checkpoint.best=false", "log_every=7"],
-)  # fmt: skip
+    [
+        "runs=there",
+        "name=other",
+        "data.root=there",
+        "loader=resident",
+        "loader.threads=3",
+        "loader.prefetch=5",
+        "checkpoint.every_steps=3",
+        "checkpoint.best=false",
+        "log_every=7",
+    ],
+)
 def test_keys_that_change_no_number_are_free(free, folder):
     folder.begin(config())
     folder.check(config("resume=auto", free))
@@ -104,8 +113,8 @@ def test_keys_that_change_no_number_are_free(free, folder):
 
 def test_dropping_the_last_batch_is_not_free(folder):
     folder.begin(config())
-    with pytest.raises(RunError, match=r"loader\.drop_last \(was False, now True\)"):
-        folder.check(config("resume=auto", "loader.drop_last=true"))
+    with pytest.raises(RunError, match=r"drop_last \(was False, now True\)"):
+        folder.check(config("resume=auto", "drop_last=true"))
 
 
 def test_the_configuration_is_read_back_as_it_was(folder):

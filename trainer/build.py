@@ -47,7 +47,7 @@ class Parts:
             num_views=config.num_views,
             num_peers=config.peers.count,
             files=not train.in_memory,
-            drop_last=config.loader.drop_last,
+            drop_last=config.drop_last,
         ).to(self.setting.device)
 
     def test_plan(self) -> Plan:
@@ -84,10 +84,10 @@ def build(config: Config) -> Parts:
     splits = load_splits(
         data.name, data.root, classes=data.classes, images_per_class=data.images_per_class, download=data.download
     )
-    if config.loader.drop_last and len(splits.train) < config.batch_size:
+    if config.drop_last and len(splits.train) < config.batch_size:
         raise ConfigError(
             f"batch_size: {config.batch_size} is more than the {len(splits.train)} training images, "
-            f"and loader.drop_last drops a batch that is not full"
+            f"and drop_last drops a batch that is not full"
         )
     learner = _learner(config, len(splits.train.classes), setting)
     step, test_step = (

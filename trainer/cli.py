@@ -32,7 +32,7 @@ Run = Annotated[Path, typer.Argument(help="a run's folder")]
 @app.command()
 def train(config: Annotated[str, typer.Argument(help="a shipped recipe or a YAML file")], overrides: Overrides = None):
     """Train a recipe. resume=auto goes on where an interrupted run stopped."""
-    from cutnmix.trainer.run import train as run  # torch, DALI and TensorBoard take seconds: not for --help
+    from cutnmix.trainer.run import train as run  # TensorBoard and torchmetrics take seconds: not for --help
 
     run(load_config(config, overrides or []))
 

@@ -6,7 +6,7 @@ the allowed ones, and each message says whether the file or the command line is 
 
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -44,7 +44,6 @@ class Loader(_Group):
     name: Literal["auto", "dali", "resident"] = "auto"
     threads: Annotated[int, Field(ge=1)] | None = None  # of DALI; None: 1 beside CPU training, up to 8 beside a GPU
     prefetch: Annotated[int, Field(ge=1)] = 2
-    drop_last: bool = False
 
 
 class PeersGroup(_Group):
@@ -55,7 +54,7 @@ class PeersGroup(_Group):
 
 
 class Optimizer(_Group):
-    """SGD. `accumulate` batches make one update."""
+    """SGD. `accumulate` batches, of equal weight, make one update."""
 
     lr: Annotated[float, Field(gt=0)] = 0.05
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -95,6 +94,7 @@ class Config(_Group):
     seed: Annotated[int, Field(ge=0)] = 95
     epochs: Annotated[int, Field(ge=1)] = 240
     batch_size: Annotated[int, Field(ge=1)] = 64
+    drop_last: bool = False  # the last batch of an epoch, if it is not full
     eval_batch_size: Annotated[int, Field(ge=1)] = 256
     views: Literal["shared", "per_peer"] = "per_peer"
     mix: Mix = Mix(name="cutnmix")
@@ -139,6 +139,8 @@ class Config(_Group):
             self._refuse("mix", self.mix, {"alpha", "probability", "box_rule"}, "mix.name: none")
         unused = {"pad"} if self.data.name == "folder" else {"image_size", "crop_scale", "crop_ratio", "region"}
         self._refuse("distort", self.distort, unused, f"data.name: {self.data.name}")
+        if self.schedule.name != "step":
+            self._refuse("schedule", self.schedule, {"milestones", "gamma"}, f"schedule.name: {self.schedule.name}")
         return self
 
 
@@ -173,19 +175,21 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         related = any(f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.") for k in overridden)
         return "command line" if key and related else str(path)
 
+    return _validated(tree, origin)
+
+
+def parse_config(tree: Any, source: str = "config") -> Config:
+    """The Config of an already resolved tree, such as a run folder's config.yaml."""
+    return _validated(tree, lambda _: source)
+
+
+def _validated(tree: Any, origin: Callable[[str], str]) -> Config:
+    """The Config of a tree; `origin` says of a key where it was set."""
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item, origin) for item in error.errors())) from None
     return config.model_copy(update={"method": _checked_method(config.method, origin)})
-
-
-def parse_config(tree: dict[str, Any], source: str = "config") -> Config:
-    """The Config of an already resolved tree, such as a run folder's config.yaml."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item, lambda _: source) for item in error.errors())) from None
 
 
 def dump_config(config: Config) -> dict[str, Any]:
@@ -230,7 +234,7 @@ def _override(tree: dict[str, Any], text: str) -> str:
     return key
 
 
-def _checked_method(method: dict[str, Any], origin) -> dict[str, Any]:
+def _checked_method(method: dict[str, Any], origin: Callable[[str], str]) -> dict[str, Any]:
     """The method's keys, complete with defaults, checked against its constructor's signature."""
     name = method.get("name")
     if name not in METHODS:
@@ -238,7 +242,7 @@ def _checked_method(method: dict[str, Any], origin) -> dict[str, Any]:
             f"method.name ({origin('method.name')}): {name!r} is not a method; "
             f"allowed: {', '.join(METHODS)}{_did_you_mean(str(name), METHODS)}"
         )
-    parameters = inspect.signature(METHODS[name]).parameters.values()
+    parameters = inspect.signature(METHODS[name], eval_str=True).parameters.values()
     keys: dict[str, Any] = {p.name: (p.annotation, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
     schema = create_model(name, __config__=ConfigDict(extra="forbid"), **keys)
     try:
@@ -249,7 +253,9 @@ def _checked_method(method: dict[str, Any], origin) -> dict[str, Any]:
     return {"name": name, **checked.model_dump()}
 
 
-def _explain(item: Any, origin, prefix: tuple[str, ...] = (), fields: list[str] | None = None) -> str:
+def _explain(
+    item: Any, origin: Callable[[str], str], prefix: tuple[str, ...] = (), fields: list[str] | None = None
+) -> str:
     """One line for one of pydantic's complaints."""
     path = [*prefix, *(str(part) for part in item["loc"])]
     if item["type"] == "stray":  # a complaint of the whole about some of its keys

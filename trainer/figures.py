@@ -57,8 +57,8 @@ def draw_curves(records: list[dict], path: Path, title: str) -> None:
     latest = {(record["kind"], record["step"]): record for record in records}
     ordered = sorted(latest.values(), key=lambda record: record["step"])
     train, test = ([record for record in ordered if record["kind"] == kind] for kind in ("train", "test"))
-    figure = _figure(15, 9.2)
-    grid = {"left": 0.06, "right": 0.885, "bottom": 0.065, "top": 0.9, "wspace": 0.44, "hspace": 0.16}
+    figure = Figure((15, 9.2), dpi=100)
+    grid = {"left": 0.06, "right": 0.88, "bottom": 0.065, "top": 0.9, "wspace": 0.44, "hspace": 0.16}
     (loss, accuracy), (lr, nll) = figure.subplots(2, 2, sharex=True, gridspec_kw=grid | {"height_ratios": (3, 2)})
     figure.text(0.02, 0.965, title, fontsize=15, weight="bold", va="center", parse_math=False)
     end = max((record["epoch"] for record in ordered), default=0) or 1
@@ -79,7 +79,7 @@ def draw_curves(records: list[dict], path: Path, title: str) -> None:
     if milestones:
         lr.set_yticks(values, [f"{value:g}" for value in values])
     _panel(accuracy, _scores(test, "top1", "{:.1f}"), "Test accuracy", "top-1 accuracy (%)")
-    _panel(nll, _scores(test, "nll", "{:.3f}"), "Test negative log-likelihood", "NLL (nats)")
+    _panel(nll, _scores(test, "nll", "{:#.4g}"), "Test negative log-likelihood", "NLL (nats)")
     lr.set_xlabel("epoch")
     nll.set_xlabel("epoch")
     _save(figure, path)
@@ -97,11 +97,7 @@ def _scores(test: list[dict], key: str, form: str) -> list[Curve]:
     else:
         above = 3 if len(peers) <= MAX_PEERS else 1.9  # few lines cannot hide the mean, and it must not hide them
         styles = {name: {"color": SKY, "linewidth": 1, "zorder": above} for name in peers} | SCORE_STYLES
-    curves = {
-        name: _curve(name.replace("peer", "peer "), form, points[name], style)
-        for name, style in styles.items()
-        if name in points
-    }
+    curves = {name: _curve(name, form, points[name], style) for name, style in styles.items() if name in points}
     drawn = [name for name in peers if curves[name][0]]
     if len(peers) > MAX_PEERS and drawn:
         low, *_, high = ranked = sorted(drawn, key=lambda name: curves[name][2][-1])
@@ -123,7 +119,8 @@ def _smoothed(curve: Curve) -> list[Curve]:
     if len(y) <= 400:
         return [curve]
     means = ([group.mean() for group in np.array_split(values[np.isfinite(y)], 200) if len(group)] for values in (x, y))
-    return [("", x, y, style | {"alpha": 0.25, "linewidth": 0.8}), (label, *map(np.array, means), style)]
+    coarse_x, coarse_y = map(np.array, means)
+    return [("", x, y, style | {"alpha": 0.25, "linewidth": 0.8}), (label, coarse_x, coarse_y, style)]
 
 
 def _panel(axes: Axes, curves: list[Curve], title: str, unit: str, log: bool = False) -> None:
@@ -134,13 +131,14 @@ def _panel(axes: Axes, curves: list[Curve], title: str, unit: str, log: bool = F
     for _, x, y, style in curves:
         finite = np.isfinite(y)
         marker = {"marker": "o", "markersize": 4} if finite.sum() <= 12 else {}
-        axes.plot(x[finite], y[finite], **{"linewidth": 1.4} | marker | style)
-        edge = {"transform": axes.get_xaxis_transform(), "clip_on": False, "color": style["color"]}
+        shown: Style = {"linewidth": 1.4} | marker | style
+        axes.plot(x[finite], y[finite], **shown)
+        edge: Style = {"transform": axes.get_xaxis_transform(), "clip_on": False, "color": style["color"]}
         axes.plot(x[~finite], np.ones((~finite).sum()), "x", **edge)
     values = np.concatenate([np.empty(0), *(y[np.isfinite(y)] for _, _, y, _ in curves)])
     positive = values[values > 0]
     if not values.size:
-        axes.text(0.5, 0.5, "no values yet", ha="center", color="#888888", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "no finite values yet", ha="center", color="#888888", transform=axes.transAxes)
         axes.set_yticks([])
     elif log and len(positive) and values.max() > 5 * positive.min() and values.min() > -1e-3 * values.max():
         axes.set_yscale("log")  # a term that vanishes may round to below 0, or to next to nothing
@@ -215,7 +213,7 @@ def draw_batch(
     # A canvas in inches, y downwards; `top` is where the next row begins, and at last the canvas's height.
     own, side = (BLUE, (CELL - GAP / 2) / 2) if mixes else (INK, CELL)
     left = [MARGIN + (CELL + GAP) * (i + mixes) for i in range(num_shown)]
-    figure = _figure(max(9, left[-1] + CELL + GAP), 1)
+    figure = Figure((max(9, left[-1] + CELL + GAP), 1), dpi=100)
     canvas = figure.add_axes((0, 0, 1, 1))
     canvas.set_axis_off()
 
@@ -275,7 +273,7 @@ def draw_batch(
                     write(
                         x,
                         top + 0.15 + 0.2 * n,
-                        text if len(text) <= 23 else text[:20] + "...",
+                        text if len(text) <= 22 else text[:18] + "...",
                         own if k == label else VERMILLION,
                     )
             top += 0.45
@@ -285,20 +283,13 @@ def draw_batch(
     _save(figure, path)
 
 
-def _figure(width: float, height: float) -> Figure:
-    """An empty figure of this size in inches, 100 pixels each."""
-    figure = Figure((width, height), dpi=100, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def _save(figure: Figure, path: Path) -> None:
     """PNG, whole or not at all: what another process reads meanwhile is the old file."""
     whole = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from font")  # class names in other scripts
-            figure.savefig(whole, format="png")
+            FigureCanvasAgg(figure).print_png(whole)
         os.replace(whole, path)
     finally:
         whole.unlink(missing_ok=True)

@@ -25,16 +25,7 @@ from cutnmix.trainer.checkpoint import Position
 from cutnmix.trainer.config import Config, ConfigError, dump_config, parse_config
 
 # Keys that may differ when a run is resumed: they change neither the data nor the arithmetic.
-_FREE_ON_RESUME = (
-    "name",
-    "runs",
-    "resume",
-    "loader.name",
-    "loader.threads",
-    "loader.prefetch",
-    "checkpoint",
-    "log_every",
-)
+_FREE_ON_RESUME = ("name", "runs", "resume", "loader", "checkpoint", "log_every", "data.root", "data.download")
 
 
 class RunError(Exception):

@@ -8,6 +8,7 @@
 optimistic choice, so named; `ensemble` predicts by the mean of the peers' probabilities.
 """
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -35,10 +36,10 @@ def evaluate(
     learner.method.eval()
     metrics: dict[str, MetricCollection] = {}
     for s, views in enumerate(batches):
-        batch, outputs, _ = step.forward(learner, views, plan.step(s))
+        batch, outputs = step.predict(learner, views, plan.step(s))
         log_prob_JBK = outputs.logits_JBK.float().log_softmax(-1)
         log_probs = {f"peer{j}": log_prob_BK for j, log_prob_BK in enumerate(log_prob_JBK)}
-        log_probs["ensemble"] = log_prob_JBK.logsumexp(0) - torch.tensor(float(len(log_prob_JBK))).log()
+        log_probs["ensemble"] = log_prob_JBK.logsumexp(0) - math.log(len(log_prob_JBK))
         teacher_BK = learner.method.teacher(outputs)
         if teacher_BK is not None:
             log_probs["teacher"] = teacher_BK.float().log_softmax(-1)

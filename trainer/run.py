@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import signal
 import statistics
@@ -42,6 +43,7 @@ def train(config: Config, display: Display | None = None) -> dict[str, Any]:
     folder = RunFolder(config.folder)
     folder.check(config)
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without it
         torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.manual_seed(config.seed)

@@ -66,7 +66,7 @@ class Tally:
 
 
 class Step:
-    """`forward`: one batch's losses. `train`: the same, and the update.
+    """`predict`: one batch's outputs. `forward`: its losses too. `train`: the same, and the update.
 
     Args:
         mix: Views and Draws to Batch.
@@ -79,13 +79,20 @@ class Step:
         self.mix, self.device_type, self.dtype = mix, device_type, dtype
         self._forward = torch.compile(self.forward, dynamic=False) if compiled else self.forward
 
+    def predict(self, learner: Learner, views: Views, draws: Draws) -> tuple[Batch, Outputs]:
+        """One batch through the mix and the peers."""
+        batch = self.mix(views, draws)
+        with self._autocast():
+            return batch, learner.peers(batch.image_VBCHW)
+
     def forward(self, learner: Learner, views: Views, draws: Draws) -> tuple[Batch, Outputs, dict[str, Tensor]]:
         """One batch through the mix, the peers and the method. The losses are float32 whatever autocast does."""
-        batch = self.mix(views, draws)
-        with torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            outputs = learner.peers(batch.image_VBCHW)
-            losses = learner.method(outputs, batch)
-        return batch, outputs, losses
+        batch, outputs = self.predict(learner, views, draws)
+        with self._autocast():
+            return batch, outputs, learner.method(outputs, batch)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def train(
         self, learner: Learner, views: Views, draws: Draws, tally: Tally, *, lr: float, share: float, update: bool
