@@ -145,19 +145,19 @@ class DaliLoader:
             feed: list = [self._source_NHWC[index_B]]
         else:
             feed = [[np.frombuffer(str(self.dataset.files[i]).encode(), dtype=np.int8) for i in index_B]]
+        if draws.angle_VB is not None:
+            geometry = view_matrix(draws.crop_VB2, draws.flip_VB, draws.angle_VB, self.size)
+        elif self.dataset.in_memory:
+            geometry = crop_start(draws.crop_VB2, draws.flip_VB, self.size[1], self.distort.pad)
+        else:
+            geometry = draws.flip_VB.int()
+        colour_VB34 = None if draws.colour_VB4 is None else colour_matrix(draws.colour_VB4)
         for v in range(self.num_views):
             if draws.region_VB4 is not None:
-                feed += _columns(draws.region_VB4[v])
-            if draws.angle_VB is not None:
-                matrix_VB23 = view_matrix(draws.crop_VB2, draws.flip_VB, draws.angle_VB, self.size)
-                feed.append(matrix_VB23[v].numpy())
-            elif self.dataset.in_memory:
-                start_VB2 = crop_start(draws.crop_VB2, draws.flip_VB, self.size[1], self.distort.pad)
-                feed.append(start_VB2[v].numpy())
-            else:
-                feed.append(draws.flip_VB[v].int().numpy())
-            if draws.colour_VB4 is not None:
-                feed.append(colour_matrix(draws.colour_VB4)[v].numpy())
+                feed += [column.contiguous().numpy() for column in draws.region_VB4[v].unbind(-1)]
+            feed.append(geometry[v].numpy())
+            if colour_VB34 is not None:
+                feed.append(colour_VB34[v].numpy())
         return feed
 
     def _start(self, feed: Iterator[list]) -> None:
@@ -180,10 +180,6 @@ class DaliLoader:
         if found is not None:
             path, reason = found
             raise DataError(f"{path} does not decode ({reason}): repair or remove it") from error
-
-
-def _columns(table_BX: Tensor) -> list[np.ndarray]:
-    return [column.contiguous().numpy() for column in table_BX.unbind(-1)]
 
 
 def _num_arguments(distort: Distort, in_memory: bool) -> int:

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,7 +66,7 @@ def test_curves_of_a_test_before_any_training(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0, -1e-6, -3.0, 1e-30, 1e300, None])
-@pytest.mark.parametrize("where", [slice(None), slice(3, 5), slice(-1, None)])
+@pytest.mark.parametrize("where", [slice(None), slice(-2, None)])
 def test_curves_of_odd_values(tmp_path, value, where):
     records = run_records()
     for record in [r for r in records if r["kind"] == "train"][where]:
@@ -114,7 +115,7 @@ def test_labels_are_kept_apart():
     figure.draw_without_rendering()
     boxes = sorted((text.get_window_extent() for text in axes.texts), key=lambda box: box.y0)
     assert len(boxes) == 12
-    assert all(below.y1 <= above.y0 + 1 for below, above in zip(boxes, boxes[1:], strict=False))
+    assert all(below.y1 <= above.y0 + 1 for below, above in pairwise(boxes))
 
 
 def example(mix: Mix, num_views: int, num_peers: int, size=(8, 8), dtype=torch.float32, floats=False, holes=False):
@@ -135,7 +136,7 @@ def batch_picture(path: Path, views: Views, batch: Batch, draws: Draws, num_imag
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-@pytest.mark.parametrize("num_views, num_peers", [(1, 1), (2, 2), (1, 3), (6, 6), (1, 16)])
+@pytest.mark.parametrize("num_views, num_peers", [(1, 1), (2, 2), (1, 3), (6, 6)])
 @pytest.mark.parametrize(
     "mix",
     [
@@ -149,9 +150,8 @@ def batch_picture(path: Path, views: Views, batch: Batch, draws: Draws, num_imag
     ids=lambda mix: f"{mix.name}-{mix.rule}-{mix.probability}",
 )
 def test_batch_of_any_views_peers_and_mix(tmp_path, mix, num_views, num_peers):
-    picture = batch_picture(tmp_path / "batch.png", *example(mix, num_views, num_peers))
+    picture = batch_picture(tmp_path / "batch.png", *example(mix, num_views, num_peers), num_images=2)
     assert [path.name for path in tmp_path.iterdir()] == ["batch.png"]
-    assert picture.shape[1] == 1500 or mix.name == "none"
     assert shows(picture, figures.BLUE) == (mix.name != "none")
 
 
@@ -161,9 +161,10 @@ def test_batch_of_any_shape_and_dtype(tmp_path, size, dtype):
     batch_picture(tmp_path / "batch.png", *example(Mix(name="cutnmix"), 2, 2, size, dtype, floats=True, holes=True))
 
 
-@pytest.mark.parametrize("num_images", [1, 7, 50])
-def test_batch_of_any_number_of_images(tmp_path, num_images):
-    batch_picture(tmp_path / "batch.png", *example(Mix(name="cutnmix"), 2, 2), num_images)
+@pytest.mark.parametrize("num_images, width", [(1, 900), (6, 1500), (50, 1694)])
+def test_batch_of_any_number_of_images(tmp_path, num_images, width):
+    picture = batch_picture(tmp_path / "batch.png", *example(Mix(name="cutnmix"), 2, 2), num_images)
+    assert abs(picture.shape[1] - width) <= 1
 
 
 def test_batch_shows_the_pixels(tmp_path):
@@ -172,7 +173,7 @@ def test_batch_shows_the_pixels(tmp_path):
     red, green = torch.tensor([255.0, 0, 0]), torch.tensor([0, 255.0, 0])
     image = red[:, None, None].expand(2, 7, 3, 8, 8).clone()
     image[:, 1::2] = green[:, None, None]
-    views = views._replace(image_VBCHW=image.contiguous(memory_format=torch.preserve_format))
+    views = views._replace(image_VBCHW=image)
     assert draws.partner_B is not None
     draws = draws._replace(partner_B=(torch.arange(7) + 1) % 7)
     batch = MixBatch(mean=MEAN, std=STD, size=(8, 8), num_classes=4)(views, draws)
