@@ -31,12 +31,15 @@ class ResidentLoader:
         dataset: images as an array.
         distort: which distortions the plans to come will draw.
         device: where images live and views are made.
+        compiled: compile gather and arithmetic into one graph. For GPUs: on a CPU a row is one copy anyway.
 
     Raises:
         DataError: for a data set of image files.
     """
 
-    def __init__(self, dataset: Dataset, distort: Distort, device: torch.device | str = "cpu"):
+    def __init__(
+        self, dataset: Dataset, distort: Distort, device: torch.device | str = "cpu", *, compiled: bool = False
+    ):
         if not dataset.in_memory:
             raise DataError(
                 f"loader.name: resident holds images of one size in memory, and {dataset.name} is a folder of image "
@@ -50,11 +53,12 @@ class ResidentLoader:
         # A rotated view reads beyond the edge of its image, where there must be no mirror image but black.
         source_NHWC = padded_NHWC if distort.rotation else beside_mirror(padded_NHWC)
         self.source_NHWC = torch.from_numpy(source_NHWC).to(self.device)
+        self._views = torch.compile(self.views, dynamic=False) if compiled else self.views
 
     def epoch(self, plan: Plan, start: int = 0) -> Iterator[Views]:
         """The views of steps start, start + 1, ... of a plan that is on this loader's device."""
         for step in range(start, len(plan)):
-            yield self.views(plan.step(step))
+            yield self._views(plan.step(step))
 
     def views(self, draws: Draws) -> Views:
         """One step's views: crop and flip as bytes; with rotation or colour, float32 in [0, 255]."""

@@ -1,6 +1,7 @@
 """DALI == resident == a loop over pixels, whatever is drawn, read ahead, resumed or left early."""
 
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -500,3 +501,14 @@ def test_neither_resident_nor_mix_makes_the_host_wait(name, dataset):
             mixer(loader.views(plan.step(s)), plan.step(s))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("name", ["everything"])
+def test_compiled_resident_views_are_the_eager_ones(name, dataset):
+    distort, _ = DISTORTIONS[name]
+    plan = plan_of(dataset, distort)
+    eager, compiled = (ResidentLoader(dataset, distort, compiled=flag).epoch(plan) for flag in (False, True))
+    for one, other in zip(eager, compiled, strict=True):
+        np.testing.assert_allclose(pixels(one), pixels(other), rtol=0, atol=1e-2)

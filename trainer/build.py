@@ -108,6 +108,7 @@ def build(config: Config) -> Parts:
             batch_size=batch_size,
             num_threads=threads,
             prefetch=config.loader.prefetch,
+            compiled=on_gpu and setting.compile != "none",
         )
 
     return Parts(

@@ -141,10 +141,9 @@ def _panel(axes: Axes, curves: list[Curve], title: str, unit: str, log: bool = F
         axes.text(0.5, 0.5, "no finite values yet", ha="center", color="#888888", transform=axes.transAxes)
         axes.set_yticks([])
     elif log and len(positive) and values.max() > 5 * positive.min() and values.min() > -1e-3 * values.max():
-        # A term that vanishes may round to below 0, or to next to nothing. Limits before scale, or autoscaling overflows.
+        axes.set_yscale("log")  # a term that vanishes may round to below 0, or to next to nothing
         low, high = max(positive.min(), 1e-5 * np.median(positive)) / 1.5, values.max() * 1.5
         axes.set_ylim(low, high)
-        axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
