@@ -231,7 +231,6 @@ def make_plan(
     if drop_last:
         order_N = order_N[: num_images // batch_size * batch_size]
     count = len(order_N)
-    steps = -(-count // batch_size)
 
     def stacked(stream: Stream, draw) -> Tensor:
         """draw(generator) for each view, stacked: (V, N, ...)."""
@@ -256,22 +255,8 @@ def make_plan(
         step_N = np.arange(count) // batch_size
         key_N = generator(seed, epoch, Stream.PARTNER).random(count)
         partner_N = torch.from_numpy(np.lexsort((key_N, step_N)) - step_N * batch_size)
-        lam_rng = generator(seed, epoch, Stream.LAMBDA)
-        lam_S = lam_rng.beta(mix.alpha, mix.alpha, steps)
-        lam_S = np.where(lam_rng.random(steps) < mix.probability, lam_S, 1.0)
-        centre_S2 = lam_rng.random((steps, 2))
         num_boxes = num_peers if mix.name == "cutnmix" else 1
-        place_SM2 = np.stack(
-            [generator(seed, epoch, Stream.PLACE, peer).random((steps, 2)) for peer in range(num_boxes)], axis=1
-        )
-        box_SM4, lam_SL = place_boxes(
-            mix.rule,
-            nominal_lam=torch.from_numpy(lam_S),
-            centre_2=torch.from_numpy(centre_S2),
-            place_J2=torch.from_numpy(place_SM2),
-            width=width,
-            height=height,
-        )
+        box_SM4, lam_SL = _boxes(seed, epoch, -(-count // batch_size), mix, num_boxes, width, height)
     return Plan(
         batch_size=batch_size,
         index_N=torch.from_numpy(order_N),
@@ -284,6 +269,24 @@ def make_plan(
         partner_N=partner_N,
         lam_SL=lam_SL,
         box_SM4=box_SM4,
+    )
+
+
+def _boxes(
+    seed: int, epoch: int, steps: int, mix: Mix, num_boxes: int, width: int, height: int
+) -> tuple[Tensor, Tensor]:
+    """box_SM4 and lam_SL: one lambda and one centre a step, one placement a step and box."""
+    rng = generator(seed, epoch, Stream.LAMBDA)
+    drawn_S, mixed_S = rng.beta(mix.alpha, mix.alpha, steps), rng.random(steps) < mix.probability
+    centre_S2 = rng.random((steps, 2))
+    places = [generator(seed, epoch, Stream.PLACE, peer).random((steps, 2)) for peer in range(num_boxes)]
+    return place_boxes(
+        mix.rule,
+        nominal_lam=torch.from_numpy(np.where(mixed_S, drawn_S, 1.0)),
+        centre_2=torch.from_numpy(centre_S2),
+        place_J2=torch.from_numpy(np.stack(places, axis=1)),
+        width=width,
+        height=height,
     )
 
 
