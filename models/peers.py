@@ -1,5 +1,7 @@
 """J peers of one architecture, each with weights of its own, side by side."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -32,11 +34,18 @@ def build_peer(network: str, num_classes: int, *, seed: int, j: int) -> nn.Modul
     Peers must start apart: equal peers have KL = 0 and nothing to tell one another.
     Build on the CPU and move the result: under another default device the weights come from that device's generator.
     """
-    state = np.random.SeedSequence([seed, PEER_STREAM, j]).generate_state(1, np.uint64)
+    with seeded(seed, PEER_STREAM, j):
+        return build_network(network, num_classes)
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Within it, torch's CPU generator starts from a pure function of the key; after it, it is as it was before."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would seed the accelerators' generators too, which the fork does not give back.
         torch.default_generator.manual_seed(int(state[0]))
-        return build_network(network, num_classes)
+        yield
 
 
 class Peers(nn.Module):

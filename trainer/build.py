@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from cutnmix.models.peers import Peers
+from cutnmix.models.peers import Peers, seeded
 from cutnmix.pipeline.datasets import Dataset, Splits, load_splits
 from cutnmix.pipeline.distort import view_size
 from cutnmix.pipeline.loader import Loader, make_loader
@@ -138,9 +137,7 @@ def _learner(config: Config, num_classes: int, setting: Setting) -> Learner:
     try:
         peers = Peers(config.peers.network, count=config.peers.count, num_classes=num_classes, seed=config.seed)
         keys: dict[str, Any] = {key: value for key, value in config.method.items() if key != "name"}
-        state = np.random.SeedSequence([config.seed, METHOD_STREAM]).generate_state(1, np.uint64)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(state[0]))
+        with seeded(config.seed, METHOD_STREAM):
             method = METHODS[config.method["name"]](peers.sizes, **keys)
     except ValueError as error:
         raise ConfigError(str(error)) from error
