@@ -1,26 +1,66 @@
-"""Networks and the peers made of them. A network maps image_BCHW to (logits_BK, feature_BD) and has a `feature_dim`."""
+"""Networks and the peers made of them. A network maps image_BCHW to (logits_BK, feature_BD) and has a `feature_dim`.
+
+NETWORKS are those for 32x32 images, one family a file (resnet.py, wrn.py, vgg.py, densenet.py), each a `Network` of a
+trunk and a branch (network.py). The six of the paper's tables come first. Three names of theirs mean something else
+elsewhere: resnet110 is built of bottlenecks, wrn20_8 is no WRN of Zagoruyko and Komodakis, and densenet40_12 is of the
+BC form. The textbook networks stand below them.
+"""
 
 from collections.abc import Callable
-from difflib import get_close_matches
 
 from torch import nn
 
-from cutnmix.models.resnet import resnet20, resnet32, resnet110
+from cutnmix.models.densenet import densenet40_12, densenet40_12_plain, densenet100_12
+from cutnmix.models.library import LIBRARIES, borrow, library_names, nearest
+from cutnmix.models.resnet import (
+    resnet18_cifar,
+    resnet20,
+    resnet32,
+    resnet44_basic,
+    resnet56_basic,
+    resnet110,
+    resnet110_basic,
+    wrn20_8,
+)
+from cutnmix.models.vgg import vgg16, vgg16_bn, vgg19
+from cutnmix.models.wrn import wrn16_8, wrn28_10, wrn40_2
 
 # name -> builder(num_classes, in_channels=3)
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "resnet20": resnet20,
+    "vgg16": vgg16,
+    "vgg19": vgg19,
     "resnet32": resnet32,
     "resnet110": resnet110,
+    "wrn20_8": wrn20_8,
+    "densenet40_12": densenet40_12,
+    # textbook
+    "resnet20": resnet20,
+    "resnet20_basic": resnet20,
+    "resnet44_basic": resnet44_basic,
+    "resnet56_basic": resnet56_basic,
+    "resnet110_basic": resnet110_basic,
+    "resnet18_cifar": resnet18_cifar,
+    "wrn16_8": wrn16_8,
+    "wrn28_10": wrn28_10,
+    "wrn40_2": wrn40_2,
+    "densenet40_12_plain": densenet40_12_plain,
+    "densenet100_12": densenet100_12,
+    "vgg16_bn": vgg16_bn,
 }
 
 
 def build_network(name: str, num_classes: int) -> nn.Module:
-    """The network NETWORKS[name], its weights drawn from torch's global generator.
+    """NETWORKS[name], or the network `torchvision.NAME` or `timm.NAME`; its weights come from torch's global generator.
 
-    Raises: ValueError for an unknown name, with the key `peers.network`, the nearest name and all of them.
+    Raises: ValueError, with the key `peers.network`, for an unknown name (with the nearest one), where timm is needed
+    and missing, and for a network of a library that does not end in one linear head.
     """
-    if name not in NETWORKS:
-        nearest = get_close_matches(name, NETWORKS, n=1, cutoff=0)
-        raise ValueError(f"peers.network: no {name!r}, did you mean {nearest[0]!r}? Allowed: {', '.join(NETWORKS)}")
-    return NETWORKS[name](num_classes)
+    if name in NETWORKS:
+        return NETWORKS[name](num_classes)
+    library, _, rest = name.partition(".")
+    if library in LIBRARIES and rest in library_names(library):
+        return borrow(name, num_classes)
+    raise ValueError(
+        f"peers.network: no {name!r}, did you mean {nearest(name, NETWORKS)!r}? "
+        f"Allowed: {', '.join(NETWORKS)}, torchvision.NAME, timm.NAME"
+    )

@@ -1,6 +1,6 @@
-"""J peers of one architecture, each with weights of its own, side by side."""
+"""J peers side by side: whole networks of one or several architectures, or branches on a trunk that they share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, cast
 
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from cutnmix.models import build_network
+from cutnmix.models.network import Branch, Network
 
 PEER_STREAM = 0x70656572  # "peer": keeps these seeds apart from all others that are derived from the run's seed
-
-
-class Sizes(NamedTuple):
-    """What a method must know to build its own parameters: J peers, K classes, features of D numbers."""
-
-    J: int
-    K: int
-    D: int
+FORMS = ("nets", "branches")
 
 
 class Outputs(NamedTuple):
     """What the peers made of one batch."""
 
     logits_JBK: Tensor
-    feature_JBD: Tensor  # penultimate, after its ReLU
+    features: tuple[Tensor, ...]  # of peer j: (B, D_j), what its head sees
+    shared_VBE: Tensor | None = None  # of branches: the global average of the trunk's map
+
+    @property
+    def feature_JBD(self) -> Tensor:
+        """The features stacked, where all have one size."""
+        return torch.stack(self.features)
 
 
 def build_peer(network: str, num_classes: int, *, seed: int, j: int) -> nn.Module:
@@ -54,25 +54,63 @@ class Peers(nn.Module):
     Peer j starts from the same weights whatever J is. A Python loop, no vmap: stacked weights turn convolutions into
     grouped ones, which are far slower in channels_last.
 
-    Args: `network` names an entry of NETWORKS, `count` is J, `seed` >= 0 the run's seed.
-    Raises: ValueError if `peers.count` < 1 or `peers.network` is unknown.
+    Form `nets`: whole networks, of any architectures. Form `branches`: the peers are the branches of J networks of one
+    architecture, on the trunk of the first. The trunk sees the views of a step in one pass, so its batch norms take
+    their statistics over all of them. Built from whole networks, branches can share no module by mistake.
+
+    Args: `networks` names the network of each peer, `seed` >= 0 is the run's.
+    Raises: ValueError, naming the key, for no peers, an unknown network or form, or branches of networks that have no
+    trunk or are not all the same.
     """
 
-    def __init__(self, network: str, *, count: int, num_classes: int, seed: int) -> None:
+    def __init__(self, networks: Sequence[str], *, num_classes: int, seed: int, form: str = "nets") -> None:
         super().__init__()
-        if count < 1:
-            raise ValueError(f"peers.count must be at least 1, got {count}")
-        self.nets = nn.ModuleList(build_peer(network, num_classes, seed=seed, j=j) for j in range(count))
-        self.num_classes = num_classes
+        if not networks:
+            raise ValueError("peers.count must be at least 1, got 0")
+        if form not in FORMS:
+            raise ValueError(f"peers.form must be one of {', '.join(FORMS)}, got {form!r}")
+        nets = [build_peer(network, num_classes, seed=seed, j=j) for j, network in enumerate(networks)]
+        self.num_classes, self.form = num_classes, form
+        self.trunk: nn.Module | None = None
+        self.trunk_dim: int | None = None
+        if form == "branches":
+            if len(set(networks)) > 1:
+                raise ValueError(f"peers.form: branches share one trunk, so peers.network must be one name: {networks}")
+            cut = [net for net in nets if isinstance(net, Network)]
+            if len(cut) < len(nets):
+                raise ValueError(f"peers.form: {networks[0]} cannot be cut into trunk and branches; use nets")
+            self.trunk, self.trunk_dim = cut[0].trunk, cut[0].trunk_dim
+            nets = [net.branch for net in cut]
+        self.nets = nn.ModuleList(nets)
+
+    def __len__(self) -> int:
+        """J."""
+        return len(self.nets)
 
     @property
-    def sizes(self) -> Sizes:
-        """(J, K, D)."""
-        return Sizes(len(self.nets), self.num_classes, cast(int, self.nets[0].feature_dim))
+    def feature_dims(self) -> tuple[int, ...]:
+        """(D_0, ..., D_{J-1})."""
+        return tuple(cast(int, net.feature_dim) for net in self.nets)
+
+    def network(self, j: int) -> nn.Module:
+        """Peer j as the plain network that `build_network` gives, its weights shared with this module."""
+        net = self.nets[j]
+        if self.trunk is None:
+            return net
+        return Network(self.trunk, cast(Branch, net), cast(int, self.trunk_dim))
+
+    def compile_units(self) -> list[nn.Module]:
+        """The modules to compile one by one, so that the time it takes does not grow with J where they are alike."""
+        return [*self.nets] if self.trunk is None else [self.trunk, *self.nets]
 
     def forward(self, image_VBCHW: Tensor) -> Outputs:
-        """Outputs of all peers, stacked; V is J or 1."""
+        """Outputs of all peers; V is J or 1."""
+        shared_VBE = None
+        if self.trunk is not None:
+            views = image_VBCHW.shape[:2]
+            image_VBCHW = self.trunk(image_VBCHW.flatten(0, 1)).unflatten(0, views)  # its maps, from here on
+            shared_VBE = image_VBCHW.mean((-2, -1))
         image_JBCHW = image_VBCHW.expand(len(self.nets), -1, -1, -1, -1)
         outputs = [net(image_BCHW) for net, image_BCHW in zip(self.nets, image_JBCHW, strict=True)]
         logits, features = zip(*outputs, strict=True)
-        return Outputs(torch.stack(logits), torch.stack(features))
+        return Outputs(torch.stack(logits), features, shared_VBE)

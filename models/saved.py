@@ -1,0 +1,74 @@
+"""Networks that a run has saved: read back from its files, and held still as teachers."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from cutnmix.models.peers import build_peer
+
+
+def load_network(path: Path, *, peer: int = 0, num_classes: int | None = None) -> nn.Module:
+    """The network in a .safetensors file, or peer `peer` of a finished run's folder, in eval mode on the CPU.
+
+    The file says itself which network it is, in the metadata `network` and `num_classes` that every exported peer has.
+    The caller's random state stays as it was.
+
+    Raises: ValueError, naming the file, if it is not there or cannot be read, does not say what it is, is the mean of
+    several peers, or has other classes than `num_classes`, where that is given.
+    """
+    if path.is_dir():
+        path = _file_of(path, peer)
+    if not path.exists():
+        raise ValueError(f"{path} is not there")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a .safetensors file: {error}") from error
+    if missing := {"network", "num_classes"} - metadata.keys():
+        raise ValueError(f"{path} does not say what it is: its metadata lack {', '.join(sorted(missing))}")
+    if metadata.get("peer") == "mean":
+        raise ValueError(f"{path} is the mean of several peers, and no network; export one of them")
+    name, its_classes = metadata["network"], int(metadata["num_classes"])
+    if num_classes not in (None, its_classes):
+        raise ValueError(f"{path} tells {its_classes} classes apart, not {num_classes}")
+    try:
+        network = build_peer(name, its_classes, seed=0, j=0)
+        network.load_state_dict(weights)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is no {name!r} of this version: {error}") from error
+    return network.eval()
+
+
+def _file_of(run: Path, peer: int) -> Path:
+    """Where a finished run has left a peer."""
+    files = sorted(path.name for path in (run / "peers").glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{run} has no peers/peer{peer}.safetensors: it is no run, or one that has not ended")
+    if f"peer{peer}.safetensors" not in files:
+        raise ValueError(f"{run} has no peer {peer}, only {', '.join(files)}")
+    return run / "peers" / f"peer{peer}.safetensors"
+
+
+class Frozen(nn.Module):
+    """The logits of a network that nothing changes: no gradients, and eval mode whatever its owner's mode is.
+
+    Its weights are in the owner's state dict, as parameters that ask for no gradient.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Frozen":
+        """Stays in eval mode."""
+        return super().train(False)
+
+    def forward(self, image_VBCHW: Tensor) -> Tensor:
+        """(V, B, C, H, W) -> (V, B, K), all views in one pass."""
+        with torch.no_grad():
+            logits_BK, _ = self.network(image_VBCHW.flatten(0, 1))
+        return logits_BK.unflatten(0, image_VBCHW.shape[:2])
