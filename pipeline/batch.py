@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 class Views(NamedTuple):
-    """V distorted copies of one batch of images, not yet mixed and not yet normalised."""
+    """V distorted copies of one batch of images, not yet mixed and not yet normalised.
+
+    Where the plan asks for a second view of each image, B is twice the batch: the batch, then the second views.
+    """
 
     image_VBCHW: Tensor  # channels_last strides; uint8, or float32 in [0, 255] after colour or rotation
     hole_VBHW: Tensor | None  # bool, True where cutout removed the pixel; None when cutout is off
@@ -26,3 +29,5 @@ class Batch(NamedTuple):
     target_LBK: Tensor  # float32, each row sums to 1
     label_B: Tensor  # int64, the label of the base image
     index_B: Tensor  # int64, the base image's position in its data set
+    epoch: Tensor  # 0-D float64, epochs of training before this batch; a fraction within an epoch
+    second_VBCHW: Tensor | None = None  # as image_VBCHW: what the plan's `second` asks for, for the same peers

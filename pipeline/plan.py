@@ -12,10 +12,13 @@ others as they were, and "resume at step s" is "continue the plan at step s".
 | region | scale ~ U(crop_scale), log ratio ~ U(log crop_ratio), place ~ U inside; clamped to the image | REGION, view |
 | colour | brightness, contrast, saturation ~ U(1 - a, 1 + a), hue ~ U(-a, a) degrees | COLOUR, view |
 | angle | ~ U(-rotation, rotation) degrees about the centre of the view | ROTATION, view |
-| hole | a cutout x cutout square around a uniform pixel, clipped (DeVries and Taylor 2017) | CUTOUT, view |
+| hole | a square around a uniform pixel, clipped (DeVries and Taylor 2017, arXiv:1708.04552) | CUTOUT, view |
 | partner | uniform permutation within each batch | PARTNER |
-| lam | l ~ Beta(alpha, alpha) with probability `probability`, else 1; then the box rule | LAMBDA |
+| lam | l ~ Beta(alpha, alpha) with probability `probability`, else 1; then the box rule, if boxes are cut | LAMBDA |
 | box | see boxes.py; one for all peers under `cutmix`, one a peer under `cutnmix` | PLACE, peer |
+| second | of each image a second view, or a view of a uniformly drawn image of its class (itself included) | SECOND |
+
+The distortions of the second views have streams of their own, so that those of the first stay as they were.
 """
 
 from dataclasses import dataclass, fields
@@ -28,6 +31,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from cutnmix.pipeline.boxes import BoxRule, place_boxes
+
+_SECOND_VIEWS = 1 << 16  # added to a view's number: the streams of the second views
 
 
 class Stream(IntEnum):
@@ -43,6 +48,7 @@ class Stream(IntEnum):
     PARTNER = 7
     LAMBDA = 8
     PLACE = 9
+    SECOND = 10
 
 
 class _Law(BaseModel):
@@ -93,12 +99,29 @@ class Distort(_Law):
 
 
 class Mix(_Law):
-    """The law of the mix (YAML group `mix`). `box_rule` defaults to what each mix's definition says."""
+    """The law of the mix (YAML group `mix`). The defaults are what each mix's paper says.
 
-    name: Literal["none", "cutmix", "cutnmix"] = "none"
+    cutmix   one box and one lambda a batch (Yun et al. 2019, arXiv:1905.04899)
+    cutnmix  a box a peer, one lambda a batch (Shen et al. 2022, arXiv:2206.12370)
+    mixup    lam x + (1 - lam) x[partner], one lambda a batch (Zhang et al. 2018, arXiv:1710.09412)
+    cutout   one hole a view and image, filled with the mean colour; the label stays (DeVries and Taylor 2017)
+    """
+
+    name: Literal["none", "cutmix", "cutnmix", "mixup", "cutout"] = "none"
     alpha: Annotated[float, Field(gt=0)] = 1.0
     probability: Annotated[float, Field(ge=0, le=1)] = 1.0
-    box_rule: BoxRule | None = None
+    box_rule: BoxRule | None = None  # cutmix, cutnmix
+    length: Annotated[int, Field(ge=1)] | None = None  # cutout, in pixels; None: 8 for CIFAR-100, 16 elsewhere
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether boxes are cut."""
+        return self.name in ("cutmix", "cutnmix")
+
+    @property
+    def has_partner(self) -> bool:
+        """Whether images and labels of two are mixed."""
+        return self.has_boxes or self.name == "mixup"
 
     @property
     def rule(self) -> BoxRule:
@@ -118,14 +141,17 @@ class Draws(NamedTuple):
     hole_VB4: Tensor | None  # int32 box (x0, y0, x1, y1), half open
     partner_B: Tensor | None  # int64, position in the batch
     lam_L: Tensor | None  # float32
-    box_M4: Tensor | None  # int32 boxes; M = J under cutnmix, 1 under cutmix
+    box_M4: Tensor | None  # int32 boxes; M = J under cutnmix, 1 under cutmix, None under mixup
+    epoch: Tensor  # 0-D float64, epochs of training before this step
+    second: bool = False  # whether the later half of the positions are the second views of the earlier
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """All draws of one epoch, as tensors. Fields as in Draws, over N positions or S steps instead of one batch."""
 
-    batch_size: int
+    batch_size: int  # images that a loader reads a step: B, or 2 B with second views
+    second: bool  # whether each step's images are B of the batch, then their B second views
     index_N: Tensor
     crop_VN2: Tensor
     flip_VN: Tensor
@@ -136,6 +162,7 @@ class Plan:
     partner_N: Tensor | None
     lam_SL: Tensor | None
     box_SM4: Tensor | None
+    epoch_S: Tensor  # float64
 
     def __len__(self) -> int:
         """S, the number of steps of the epoch."""
@@ -161,11 +188,12 @@ class Plan:
 
     def step(self, s: int) -> Draws:
         """The draws of step s: views of the plan's tensors, no copies, no host synchronisation."""
-        start, stop = s * self.batch_size, (s + 1) * self.batch_size
-        return self.positions(start, stop)._replace(
-            partner_B=None if self.partner_N is None else self.partner_N[start:stop],
+        size = self.batch_size // (1 + self.second)
+        return self.positions(s * self.batch_size, (s + 1) * self.batch_size)._replace(
+            partner_B=None if self.partner_N is None else self.partner_N[s * size : (s + 1) * size],
             lam_L=None if self.lam_SL is None else self.lam_SL[s],
             box_M4=None if self.box_SM4 is None else self.box_SM4[s],
+            epoch=self.epoch_S[s],
         )
 
     def positions(self, start: int, stop: int) -> Draws:
@@ -185,6 +213,8 @@ class Plan:
             partner_B=None,
             lam_L=None,
             box_M4=None,
+            epoch=self.epoch_S[0],
+            second=self.second,
         )
 
 
@@ -204,6 +234,8 @@ def make_plan(
     mix: Mix,
     num_views: int,
     num_peers: int,
+    second: Literal["image", "class"] | None = None,
+    label_N: np.ndarray | None = None,
     files: bool = False,
     shuffle: bool = True,
     drop_last: bool = False,
@@ -220,6 +252,8 @@ def make_plan(
         mix: the law of the mix.
         num_views: V, J or 1 (all peers share one view).
         num_peers: J, the number of boxes under cutnmix.
+        second: what each image's second view shows, if it has one: the same image or one of its class.
+        label_N: the images' labels; for `second: class` only.
         files: whether the images are files of any size (then regions are drawn, and no crop of a padded array).
         shuffle: False keeps the data set's order (evaluation).
         drop_last: drop the last batch if it is not full.
@@ -231,10 +265,25 @@ def make_plan(
     if drop_last:
         order_N = order_N[: num_images // batch_size * batch_size]
     count = len(order_N)
+    steps = -(-count // batch_size)
+    step_N = np.arange(count) // batch_size
+    index_N, position_N = order_N, np.arange(count)
+    if second:
+        other_N = order_N if second == "image" else _classmates(seed, epoch, order_N, label_N)
+        # Within a step the batch comes first: a stable sort by step of all firsts, then all seconds.
+        position_N = np.argsort(np.concatenate([step_N, step_N]), kind="stable")
+        index_N = np.concatenate([order_N, other_N])[position_N]
 
     def stacked(stream: Stream, draw) -> Tensor:
-        """draw(generator) for each view, stacked: (V, N, ...)."""
-        return torch.from_numpy(np.stack([draw(generator(seed, epoch, stream, view)) for view in range(num_views)]))
+        """draw(generator) for each view, and for the second ones, stacked: (V, N, ...)."""
+
+        def of_view(view: int) -> np.ndarray:
+            drawn = [draw(generator(seed, epoch, stream, view))]
+            if second:
+                drawn.append(draw(generator(seed, epoch, stream, _SECOND_VIEWS + view)))
+            return np.concatenate(drawn)[position_N]
+
+        return torch.from_numpy(np.stack([of_view(view) for view in range(num_views)]))
 
     pad = 0 if files else distort.pad
     crop_VN2 = stacked(Stream.CROP, lambda g: g.integers(0, 2 * pad + 1, (count, 2), dtype=np.int32))
@@ -246,20 +295,19 @@ def make_plan(
         colour_VN4 = stacked(Stream.COLOUR, lambda g: _colours(g, count, distort.colour)).float()
     if distort.rotation:
         angle_VN = stacked(Stream.ROTATION, lambda g: g.uniform(-distort.rotation, distort.rotation, count)).float()
-    if distort.cutout:
-        hole_VN4 = stacked(Stream.CUTOUT, lambda g: _holes(g, count, distort.cutout, width, height))
+    if hole := (mix.length or 16) if mix.name == "cutout" else distort.cutout:
+        hole_VN4 = stacked(Stream.CUTOUT, lambda g: _holes(g, count, hole, width, height))
 
     partner_N = lam_SL = box_SM4 = None
-    if mix.name != "none":
+    if mix.has_partner:
         # Sorting by (step, uniform) is a uniform permutation within every batch at once, the smaller last included.
-        step_N = np.arange(count) // batch_size
         key_N = generator(seed, epoch, Stream.PARTNER).random(count)
         partner_N = torch.from_numpy(np.lexsort((key_N, step_N)) - step_N * batch_size)
-        num_boxes = num_peers if mix.name == "cutnmix" else 1
-        box_SM4, lam_SL = _boxes(seed, epoch, -(-count // batch_size), mix, num_boxes, width, height)
+        box_SM4, lam_SL = _boxes(seed, epoch, steps, mix, num_peers if mix.name == "cutnmix" else 1, width, height)
     return Plan(
-        batch_size=batch_size,
-        index_N=torch.from_numpy(order_N),
+        batch_size=batch_size * (2 if second else 1),
+        second=second is not None,
+        index_N=torch.from_numpy(index_N),
         crop_VN2=crop_VN2,
         flip_VN=flip_VN,
         region_VN4=region_VN4,
@@ -269,15 +317,30 @@ def make_plan(
         partner_N=partner_N,
         lam_SL=lam_SL,
         box_SM4=box_SM4,
+        epoch_S=torch.from_numpy(epoch + np.arange(steps) / max(steps, 1)),
     )
+
+
+def _classmates(seed: int, epoch: int, index_N: np.ndarray, label_N: np.ndarray | None) -> np.ndarray:
+    """For each image a uniformly drawn one of its class, itself included, as CS-KD's authors draw them."""
+    if label_N is None:
+        raise ValueError("second='class' needs label_N")
+    by_class = np.argsort(label_N, kind="stable")
+    sizes_K = np.bincount(label_N)
+    starts_K = np.cumsum(sizes_K) - sizes_K
+    label = label_N[index_N]
+    draw_N = generator(seed, epoch, Stream.SECOND).random(len(index_N))
+    return by_class[starts_K[label] + (draw_N * sizes_K[label]).astype(np.int64)]
 
 
 def _boxes(
     seed: int, epoch: int, steps: int, mix: Mix, num_boxes: int, width: int, height: int
-) -> tuple[Tensor, Tensor]:
-    """box_SM4 and lam_SL: one lambda and one centre a step, one placement a step and box."""
+) -> tuple[Tensor | None, Tensor]:
+    """box_SM4 and lam_SL: one lambda and one centre a step, one placement a step and box. No boxes under mixup."""
     rng = generator(seed, epoch, Stream.LAMBDA)
     drawn_S, mixed_S = rng.beta(mix.alpha, mix.alpha, steps), rng.random(steps) < mix.probability
+    if not mix.has_boxes:
+        return None, torch.from_numpy(np.where(mixed_S, drawn_S, 1.0)).float()[:, None]
     centre_S2 = rng.random((steps, 2))
     places = [generator(seed, epoch, Stream.PLACE, peer).random((steps, 2)) for peer in range(num_boxes)]
     return place_boxes(

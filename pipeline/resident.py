@@ -53,19 +53,40 @@ class ResidentLoader:
         # A rotated view reads beyond the edge of its image, where there must be no mirror image but black.
         source_NHWC = padded_NHWC if distort.rotation else beside_mirror(padded_NHWC)
         self.source_NHWC = torch.from_numpy(source_NHWC).to(self.device)
-        self._views = torch.compile(self.views, dynamic=False) if compiled else self.views
+        self._views = torch.compile(self._execute, dynamic=False) if compiled else self._execute
 
     def epoch(self, plan: Plan, start: int = 0) -> Iterator[Views]:
-        """The views of steps start, start + 1, ... of a plan that is on this loader's device."""
+        """The views of steps start, start + 1, ... of a plan that is on this loader's device.
+
+        Labels and the places of the crops are looked up for the whole epoch at once: a step of small images is paid for
+        by the call, not by the byte.
+        """
+        if start >= len(plan):
+            return
+        draws = plan.positions(0, len(plan.index_N))
+        label_N, first_VN = self._look_up(draws)
         for step in range(start, len(plan)):
-            yield self._views(plan.step(step))
+            part = slice(step * plan.batch_size, (step + 1) * plan.batch_size)
+            first_VB = None if first_VN is None else first_VN[:, part]
+            yield self._views(plan.step(step), label_N[part], first_VB)
 
     def views(self, draws: Draws) -> Views:
         """One step's views: crop and flip as bytes; with rotation or colour, float32 in [0, 255]."""
-        if draws.angle_VB is None:
-            start_VB2 = crop_start(draws.crop_VB2, draws.flip_VB, self.size[1], self.pad)
-            image_VBHWC = gather_crops(self.source_NHWC, draws.index_B, start_VB2, self.size)
+        return self._execute(draws, *self._look_up(draws))
+
+    def _look_up(self, draws: Draws) -> tuple[Tensor, Tensor | None]:
+        """Labels, and the first pixel of each crop in the flat data set; no crops where views are turned."""
+        label_B = self.label_N[draws.index_B]
+        if draws.angle_VB is not None:
+            return label_B, None
+        start_VB2 = crop_start(draws.crop_VB2, draws.flip_VB, self.size[1], self.pad)
+        return label_B, first_pixel(self.source_NHWC, draws.index_B, start_VB2)
+
+    def _execute(self, draws: Draws, label_B: Tensor, first_VB: Tensor | None) -> Views:
+        if first_VB is not None:
+            image_VBHWC = gather_crops(self.source_NHWC, first_VB, self.size)
         else:
+            assert draws.angle_VB is not None
             matrix_VB23 = view_matrix(draws.crop_VB2, draws.flip_VB, draws.angle_VB, self.size)
             image_VBHWC = gather_warped(self.source_NHWC, draws.index_B, matrix_VB23, self.size)
         if draws.colour_VB4 is not None:
@@ -74,22 +95,27 @@ class ResidentLoader:
             image_VBHWC = rgb_VBHWC + matrix_VB34[:, :, None, None, :, 3]
         hole_VBHW = None if draws.hole_VB4 is None else hole_mask(draws.hole_VB4, self.size)
         image_VBCHW = image_VBHWC.permute(0, 1, 4, 2, 3)
-        return Views(image_VBCHW, hole_VBHW, self.label_N[draws.index_B], draws.index_B)
+        return Views(image_VBCHW, hole_VBHW, label_B, draws.index_B)
 
     def close(self) -> None:
         """Nothing to release: the other loaders have threads."""
 
 
-def gather_crops(source_NHWC: Tensor, index_B: Tensor, start_VB2: Tensor, size: tuple[int, int]) -> Tensor:
-    """(V, B, H, W, C) uint8 crops that begin at (x, y), each output row copied as one run of bytes.
+def first_pixel(source_NHWC: Tensor, index_B: Tensor, start_VB2: Tensor) -> Tensor:
+    """(V, B) int64: where in the flat data set, in pixels, the crop begins that has (x, y) as its first corner."""
+    _, height, width, _ = source_NHWC.shape
+    x_VB, y_VB = start_VB2.long().unbind(-1)
+    return (index_B * height + y_VB) * width + x_VB
+
+
+def gather_crops(source_NHWC: Tensor, first_VB: Tensor, size: tuple[int, int]) -> Tensor:
+    """(V, B, H, W, C) uint8 crops that begin at the given pixels, each output row copied as one run of bytes.
 
     Rows, not pixels: an overlapping view of the flat data set makes every possible start of a row a row of its own, and
     index_select copies whole rows. Advanced indexing of the same elements is 20 to 50 times slower on a CPU.
     """
-    _, source_height, source_width, channels = source_NHWC.shape
+    _, _, source_width, channels = source_NHWC.shape
     height, width = size
-    x_VB, y_VB = start_VB2.long().unbind(-1)
-    first_VB = (index_B * source_height + y_VB) * source_width + x_VB
     row_H = torch.arange(height, device=first_VB.device) * source_width
     starts = (first_VB[..., None] + row_H).flatten()
     run = width * channels

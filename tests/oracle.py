@@ -104,6 +104,19 @@ def paste(image_VBCHW: np.ndarray, box_M4: Tensor, partner_B: Tensor) -> np.ndar
     return mixed
 
 
+def mix(image_VBCHW: np.ndarray, draws: Draws) -> np.ndarray:
+    """What the draws' mix makes of normalised images, holes erased: boxes pasted, or blended image by image."""
+    if draws.partner_B is None or draws.lam_L is None:
+        return image_VBCHW
+    if draws.box_M4 is not None:
+        return paste(image_VBCHW, draws.box_M4, draws.partner_B)
+    (lam,) = draws.lam_L.tolist()
+    mixed = np.empty_like(image_VBCHW)
+    for b, partner in enumerate(draws.partner_B.tolist()):
+        mixed[:, b] = lam * image_VBCHW[:, b] + (1 - lam) * image_VBCHW[:, partner]
+    return mixed
+
+
 def targets(labels: list[int], partners: list[int], lams: list[float], num_classes: int) -> np.ndarray:
     """Eq. 6, image by image: (L, B, K)."""
     target_LBK = np.zeros((len(lams), len(labels), num_classes))

@@ -35,7 +35,8 @@ DISTORTIONS = pytest.mark.parametrize(
     [Distort(), Distort(cutout=8), Distort(colour=COLOUR), Distort(rotation=30.0, colour=COLOUR, cutout=8)],
     ids=["crop flip", "cutout", "colour", "everything"],
 )
-MIXES = pytest.mark.parametrize("name", ["none", "cutmix", "cutnmix"])
+MIXES = pytest.mark.parametrize("name", ["none", "cutmix", "cutnmix", "mixup", "cutout"])
+SECOND = pytest.mark.parametrize("second", [None, "image", "class"])
 
 
 @pytest.fixture
@@ -50,13 +51,13 @@ def on_cuda(plan: Plan) -> Plan:
 
 
 def build(
-    distort: Distort, name: str = "cutnmix", V: int = J, batch: int = BATCH
+    distort: Distort, name: str = "cutnmix", V: int = J, batch: int = BATCH, second: str | None = None
 ) -> tuple[ResidentLoader, MixBatch, Draws]:
     """Loader, mix and the draws of one step on the fake GPU."""
     dataset = oracle.images(2 * batch, H, W)
     plan = make_plan(
         seed=0, epoch=0, num_images=len(dataset), size=(H, W), batch_size=batch, distort=distort, mix=Mix(name=name),
-        num_views=V, num_peers=J,
+        num_views=V, num_peers=J, second=second, label_N=dataset.labels,
     )  # fmt: skip
     mix = MixBatch(mean=dataset.mean, std=dataset.std, size=(H, W), num_classes=5, dtype=torch.bfloat16).to("cuda")
     return ResidentLoader(dataset, distort, "cuda"), mix, on_cuda(plan).step(0)
@@ -65,16 +66,19 @@ def build(
 @DISTORTIONS
 @MIXES
 @pytest.mark.parametrize("V", [1, J])
-def test_resident_and_mix_stay_on_the_gpu_and_read_nothing(distort, name, V, fake):
-    loader, mix, draws = build(distort, name, V)
+@SECOND
+def test_resident_and_mix_stay_on_the_gpu_and_read_nothing(distort, name, V, second, fake):
+    loader, mix, draws = build(distort, name, V, second=second)
     with oracle.Dispatches() as watched:
         views = loader.views(draws)
         batch = mix(views, draws)
     assert watched.waits == []
     assert all(field is None or field.is_cuda for field in (*views, *batch))
     assert views.image_VBCHW.permute(0, 1, 3, 4, 2).is_contiguous()
-    assert batch.image_VBCHW.permute(0, 1, 3, 4, 2).is_contiguous()
-    assert batch.image_VBCHW.dtype == torch.bfloat16
+    assert (batch.second_VBCHW is None) == (second is None)
+    for image in (batch.image_VBCHW, batch.second_VBCHW)[: 1 if second is None else 2]:
+        assert image.permute(0, 1, 3, 4, 2).is_contiguous()
+        assert image.dtype == torch.bfloat16 and image.shape[1] == BATCH
 
 
 @pytest.mark.parametrize("rule", BOX_RULES)
@@ -116,32 +120,37 @@ class AsyncCopies(oracle.Dispatches):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def test_a_plan_comes_back_to_the_host_only_when_it_is_whole(fake):
+@MIXES
+def test_a_plan_comes_back_to_the_host_only_when_it_is_whole(name, fake):
     """A copy from GPU to host that does not wait lets DALI's feed read numbers that are not there yet."""
     plan = on_cuda(make_plan(
-        seed=0, epoch=0, num_images=BATCH, size=(H, W), batch_size=BATCH, distort=Distort(), mix=Mix(name="cutnmix"),
-        num_views=J, num_peers=J,
+        seed=0, epoch=0, num_images=BATCH, size=(H, W), batch_size=BATCH, distort=Distort(), mix=Mix(name=name),
+        num_views=J, num_peers=J, second="image",
     ))  # fmt: skip
     with AsyncCopies() as watched:
         back = plan.to("cpu")
-    assert not back.index_N.is_cuda
+    assert not any(field.is_cuda for field in vars(back).values() if isinstance(field, Tensor))
+    assert back.second and back.batch_size == plan.batch_size
     assert len(watched.waits) > 0 and watched.to == []
 
 
-def test_a_plan_goes_to_the_gpu_without_waiting_and_once(fake, monkeypatch):
+@MIXES
+def test_a_plan_goes_to_the_gpu_without_waiting_and_once(name, fake, monkeypatch):
     def pin_memory(tensor: Tensor) -> Tensor:  # the real one needs a driver
         assert not tensor.is_cuda, "only what lies on the host can be pinned"
         return tensor
 
     monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
     plan = make_plan(
-        seed=0, epoch=0, num_images=BATCH, size=(H, W), batch_size=BATCH, distort=Distort(), mix=Mix(name="cutnmix"),
-        num_views=J, num_peers=J,
+        seed=0, epoch=0, num_images=BATCH, size=(H, W), batch_size=BATCH, distort=Distort(), mix=Mix(name=name),
+        num_views=J, num_peers=J, second="image",
     )  # fmt: skip
     with AsyncCopies() as watched:
         moved = plan.to("cuda")
     num_tensors = sum(isinstance(field, Tensor) for field in vars(plan).values())
     assert watched.to == ["cuda"] * num_tensors
+    draws = moved.step(0)
+    assert all(field.is_cuda for field in draws if isinstance(field, Tensor)) and draws.second
     with AsyncCopies() as watched:
         moved.to("cuda")
     assert "_to_copy" not in watched.calls
@@ -278,9 +287,20 @@ lowers = pytest.mark.skipif(
 
 @lowers
 @pytest.mark.filterwarnings("ignore")
-@DISTORTIONS
-def test_mix_lowers_to_few_kernels_that_compile(distort, fake, tmp_path):
-    loader, mix, draws = build(distort)
+@pytest.mark.parametrize(
+    ("distort", "name", "second"),
+    [
+        (Distort(), "cutnmix", None),
+        (Distort(cutout=8), "cutnmix", "class"),
+        (Distort(colour=COLOUR), "mixup", "image"),
+        (Distort(rotation=30.0, colour=COLOUR, cutout=8), "cutnmix", None),
+        (Distort(cutout=8), "mixup", None),
+        (Distort(), "cutout", "image"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_mix_lowers_to_few_kernels_that_compile(distort, name, second, fake, tmp_path):
+    loader, mix, draws = build(distort, name, second=second)
     source = lowered(mix, (loader.views(draws), draws), fake)
     made = kernels(source, tmp_path)
     assert 1 <= len(made) <= 3

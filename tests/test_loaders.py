@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from cutnmix.pipeline.batch import Batch, Views
 from cutnmix.pipeline.datasets import DataError, Dataset, load_splits
 from cutnmix.pipeline.distort import colour_matrix
 from cutnmix.pipeline.mix import MixBatch
-from cutnmix.pipeline.plan import Colour, Distort, Mix, Plan, make_plan
+from cutnmix.pipeline.plan import Colour, Distort, Draws, Mix, Plan, make_plan
 from cutnmix.pipeline.resident import ResidentLoader
 
 H, W, N, BATCH = 12, 16, 21, 8  # two full batches and one of 5
@@ -34,6 +35,7 @@ DISTORTIONS = {  # each with what its pixels may differ by, of 255
 }
 DISTORTED = pytest.mark.parametrize("name", DISTORTIONS)
 LOADERS = pytest.mark.parametrize("loader", ["dali", "resident"])
+SECOND = pytest.mark.parametrize("second", ["image", "class"])
 BARE = Distort(pad=3)
 
 
@@ -46,7 +48,7 @@ def plan_of(dataset: Dataset, distort: Distort = BARE, V: int = 2, J: int = 2, *
     size = dataset.images.shape[1:3] if isinstance(dataset.images, np.ndarray) else (distort.image_size,) * 2
     arguments = dict(
         seed=5, epoch=1, num_images=len(dataset), size=size, batch_size=BATCH, distort=distort,
-        mix=Mix(name="cutnmix"), num_views=V, num_peers=J, files=not dataset.in_memory,
+        mix=Mix(name="cutnmix"), num_views=V, num_peers=J, files=not dataset.in_memory, label_N=dataset.labels,
     )  # fmt: skip
     return make_plan(**(arguments | changes))
 
@@ -55,7 +57,19 @@ def loader_of(loader: str, dataset: Dataset, distort: Distort = BARE, V: int = 2
     if loader == "resident":
         return ResidentLoader(dataset, distort, device)
     dali = pytest.importorskip("cutnmix.pipeline.dali", reason="DALI runs on Linux", exc_type=ImportError)
-    return dali.DaliLoader(dataset, distort, device, num_views=V, batch_size=BATCH, **changes)
+    return dali.DaliLoader(dataset, distort, device, **({"num_views": V, "batch_size": BATCH} | changes))
+
+
+def reference(dataset: Dataset, distort: Distort, draws: Draws) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images of a batch and its second views, if it has them, as the loop over pixels makes them."""
+    channel = (1, 1, 3, 1, 1)
+    image = np.moveaxis(oracle.views(dataset, distort.pad, draws).clip(0, 255), -1, 2) / 255
+    image = (image - np.reshape(dataset.mean, channel)) / np.reshape(dataset.std, channel)
+    if draws.hole_VB4 is not None:
+        image *= ~oracle.holes(draws, H, W)[:, :, None]
+    if not draws.second:
+        return oracle.mix(image, draws), None
+    return oracle.mix(image[:, : image.shape[1] // 2], draws), oracle.mix(image[:, image.shape[1] // 2 :], draws)
 
 
 def pixels(views: Views) -> np.ndarray:
@@ -105,23 +119,80 @@ def test_dali_is_resident(name, V, dataset):
 
 
 @LOADERS
-@DISTORTED
-@pytest.mark.parametrize("mix", ["cutmix", "cutnmix"])
+@pytest.mark.parametrize(
+    ("name", "mix"),
+    [*product(DISTORTIONS, ["cutmix", "cutnmix"]), *product(["crop flip", "cutout", "rotation"], ["mixup"]),
+     *product(["crop flip", "colour"], ["cutout"])],
+)  # fmt: skip
 def test_batches_are_the_loop_over_pixels(loader, name, mix, dataset):
     """Mixed and normalised: within rounding of float32, and of interpolation where there is any."""
     distort, tolerance = DISTORTIONS[name]
-    plan = plan_of(dataset, distort, mix=Mix(name=mix))
+    plan = plan_of(dataset, distort, mix=Mix(name=mix, length=7 if mix == "cutout" else None))
     mixer = MixBatch(mean=dataset.mean, std=dataset.std, size=(H, W), num_classes=5)
-    channel = (1, 1, 3, 1, 1)
     for s, views in enumerate(loader_of(loader, dataset, distort).epoch(plan, start=2), start=2):
-        draws = plan.step(s)
-        image = np.moveaxis(oracle.views(dataset, distort.pad, draws).clip(0, 255), -1, 2) / 255
-        image = (image - np.reshape(dataset.mean, channel)) / np.reshape(dataset.std, channel)
-        if draws.hole_VB4 is not None:
-            image *= ~oracle.holes(draws, H, W)[:, :, None]
-        expected = oracle.paste(image, draws.box_M4, draws.partner_B)
-        made = mixer(views, draws).image_VBCHW.numpy()
-        np.testing.assert_allclose(made, expected, rtol=0, atol=tolerance / 255 / 0.2 + 2e-6)
+        expected, _ = reference(dataset, distort, plan.step(s))
+        batch = mixer(views, plan.step(s))
+        np.testing.assert_allclose(batch.image_VBCHW, expected, rtol=0, atol=tolerance / 255 / 0.2 + 2e-6)
+        if mix == "cutout":
+            assert torch.equal(batch.target_LBK[0], torch.eye(5)[views.label_B])
+            assert np.array_equal(views.hole_VBHW.numpy(), oracle.holes(plan.step(s), H, W))
+
+
+@LOADERS
+@SECOND
+@pytest.mark.parametrize(
+    ("name", "mix", "V"), [("crop flip", "none", 1), ("cutout", "mixup", 2), ("rotation", "cutnmix", 2)]
+)
+def test_second_views_are_the_loop_over_pixels(loader, second, name, mix, V, dataset):
+    """From the loader, as they come, and from the mix, apart; the last batch is smaller."""
+    distort, tolerance = DISTORTIONS[name]
+    plan = plan_of(dataset, distort, V, mix=Mix(name=mix), second=second)
+    mixer = MixBatch(mean=dataset.mean, std=dataset.std, size=(H, W), num_classes=5)
+    steps = list(loader_of(loader, dataset, distort, V, batch_size=2 * BATCH).epoch(plan))
+    assert [len(views.label_B) for views in steps] == [16, 16, 10]
+    for s in (0, 2):
+        views, draws = steps[s], plan.step(s)
+        np.testing.assert_allclose(pixels(views), oracle.views(dataset, distort.pad, draws), rtol=0, atol=tolerance)
+        assert torch.equal(views.index_B, draws.index_B)
+        assert views.label_B.tolist() == dataset.labels[draws.index_B].tolist()
+        firsts, seconds = views.label_B.chunk(2)
+        assert torch.equal(firsts, seconds)
+        batch = mixer(views, draws)
+        for made, expected in zip(
+            (batch.image_VBCHW, batch.second_VBCHW), reference(dataset, distort, draws), strict=True
+        ):
+            np.testing.assert_allclose(made, expected, rtol=0, atol=tolerance / 255 / 0.2 + 2e-6)
+        assert torch.equal(batch.label_B, firsts) and torch.equal(batch.index_B, draws.index_B[: len(firsts)])
+
+
+@LOADERS
+@pytest.mark.parametrize("name", ["crop flip", "everything"])
+def test_second_views_leave_the_pixels_of_the_first_as_they_are(loader, name, dataset):
+    distort, _ = DISTORTIONS[name]
+    alone = loader_of(loader, dataset, distort).epoch(plan_of(dataset, distort))
+    beside = loader_of(loader, dataset, distort, batch_size=2 * BATCH).epoch(plan_of(dataset, distort, second="class"))
+    for views, both in zip(alone, beside, strict=True):
+        B = len(views.label_B)
+        assert torch.equal(views.image_VBCHW, both.image_VBCHW[:, :B])
+        assert torch.equal(views.index_B, both.index_B[:B])
+        assert views.hole_VBHW is None or torch.equal(views.hole_VBHW, both.hole_VBHW[:, :B])
+
+
+@SECOND
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+@pytest.mark.parametrize("at_a_time", [1, 2, 32])
+def test_dali_gives_second_views_from_any_step_however_many_it_reads_at_a_time(
+    second, start, at_a_time, dataset, monkeypatch
+):
+    dali = pytest.importorskip("cutnmix.pipeline.dali", reason="DALI runs on Linux", exc_type=ImportError)
+    monkeypatch.setattr(dali, "_READ", at_a_time * 2 * BATCH)
+    plan = plan_of(dataset, second=second)
+    used = loader_of("dali", dataset, batch_size=2 * BATCH)
+    next(left := used.epoch(plan_of(dataset, second=second, epoch=9)))
+    left.close()
+    whole = list(loader_of("resident", dataset).epoch(plan))
+    assert same_epoch(used.epoch(plan, start=start), iter(whole[start:]))
+    assert same_epoch(loader_of("resident", dataset).epoch(plan, start=start), iter(whole[start:]))
 
 
 @LOADERS
@@ -142,7 +213,7 @@ def test_every_offset_of_a_crop_is_exact(loader, pad):
     dataset, distort = oracle.images(1, 3, 5), Distort(pad=pad)
     offsets = torch.tensor([(x, y) for x in range(side) for y in range(side)], dtype=torch.int32)
     plan = replace(
-        plan_of(dataset, distort, V=1, mix=Mix()),
+        plan_of(dataset, distort, V=1, mix=Mix(), num_images=side**2),
         index_N=torch.zeros(side**2, dtype=torch.int64),
         crop_VN2=offsets[None],
         flip_VN=(offsets.sum(1) % 3 == 0)[None],
@@ -362,12 +433,12 @@ def pil_view(path: Path, size: int, region: Tensor | None, flip: bool) -> np.nda
 
 
 @pytest.mark.parametrize("distort", [Distort(image_size=20), Distort(image_size=33, flip=0.0)], ids=["20", "33"])
-@pytest.mark.parametrize("evaluation", [False, True])
-def test_files_are_cut_and_scaled_as_by_pillow(distort, evaluation, folder):
+@pytest.mark.parametrize(("evaluation", "second"), [(False, None), (True, None), (False, "class")])
+def test_files_are_cut_and_scaled_as_by_pillow(distort, evaluation, second, folder):
     distort = distort.evaluation() if evaluation else distort
-    plan = plan_of(folder, distort)
+    plan = plan_of(folder, distort, second=second)
     seen = 0
-    for s, views in enumerate(loader_of("dali", folder, distort).epoch(plan)):
+    for s, views in enumerate(loader_of("dali", folder, distort, batch_size=plan.batch_size).epoch(plan)):
         draws = plan.step(s)
         assert views.image_VBCHW.dtype == torch.uint8
         assert views.label_B.tolist() == folder.labels[draws.index_B].tolist()
@@ -378,7 +449,7 @@ def test_files_are_cut_and_scaled_as_by_pillow(distort, evaluation, folder):
             # At an image's edge Pillow shortens the filter, and DALI repeats the last pixel.
             assert error[1:-1, 1:-1].max() <= 2 and error.max() <= 8, path
             seen += 1
-    assert seen == 2 * len(folder)
+    assert seen == (4 if second else 2) * len(folder)
 
 
 def test_peers_see_different_regions_of_a_file_and_the_same_one_if_they_share_the_view(folder):
@@ -449,29 +520,39 @@ def test_a_file_that_does_not_decode_is_named(suffix, how, tmp_path):
 # On a GPU
 
 
+ON_GPU = pytest.mark.parametrize(
+    ("name", "mix", "second"),
+    [*product(DISTORTIONS, ["cutnmix"], [None]), ("cutout", "mixup", "image"), ("crop flip", "cutout", "class")],
+)
+
+
 @pytest.mark.gpu
-@DISTORTED
-def test_resident_and_mix_on_a_gpu_are_those_on_the_cpu(name, dataset):
+@ON_GPU
+def test_resident_and_mix_on_a_gpu_are_those_on_the_cpu(name, mix, second, dataset):
     distort, tolerance = DISTORTIONS[name]
     made: dict[str, list[Batch]] = {}
     for device in ("cpu", "cuda"):
-        plan = plan_of(dataset, distort).to(device)
+        plan = plan_of(dataset, distort, mix=Mix(name=mix), second=second).to(device)
         mixer = MixBatch(mean=dataset.mean, std=dataset.std, size=(H, W), num_classes=5).to(device)
         epoch = loader_of("resident", dataset, distort, device=device).epoch(plan)
         made[device] = [mixer(views, plan.step(s)) for s, views in enumerate(epoch)]
     for ours, theirs in zip(made["cuda"], made["cpu"], strict=True):
-        image = ours.image_VBCHW.cpu()
-        torch.testing.assert_close(image, theirs.image_VBCHW, rtol=0, atol=tolerance / 255 / 0.2 + 2e-6)
+        for image, expected in ((ours.image_VBCHW, theirs.image_VBCHW), (ours.second_VBCHW, theirs.second_VBCHW)):
+            assert (image is None) == (expected is None)
+            if image is not None:
+                torch.testing.assert_close(image.cpu(), expected, rtol=0, atol=tolerance / 255 / 0.2 + 2e-6)
         torch.testing.assert_close(ours.target_LBK.cpu(), theirs.target_LBK)
+        assert ours.epoch.is_cuda and ours.epoch.item() == theirs.epoch.item()
 
 
 @pytest.mark.gpu
-@DISTORTED
-def test_dali_on_a_gpu_is_dali_on_the_cpu(name, dataset):
+@ON_GPU
+def test_dali_on_a_gpu_is_dali_on_the_cpu(name, mix, second, dataset):
     distort, tolerance = DISTORTIONS[name]
-    plan = plan_of(dataset, distort)
-    on_gpu = loader_of("dali", dataset, distort, device="cuda").epoch(plan.to("cuda"))
-    for ours, theirs in zip(on_gpu, loader_of("dali", dataset, distort).epoch(plan), strict=True):
+    plan = plan_of(dataset, distort, mix=Mix(name=mix), second=second)
+    on_gpu = loader_of("dali", dataset, distort, device="cuda", batch_size=plan.batch_size).epoch(plan.to("cuda"))
+    on_cpu = loader_of("dali", dataset, distort, batch_size=plan.batch_size).epoch(plan)
+    for ours, theirs in zip(on_gpu, on_cpu, strict=True):
         assert all(field is None or field.is_cuda for field in ours)
         np.testing.assert_allclose(pixels(ours), pixels(theirs), rtol=0, atol=tolerance)
         assert torch.equal(ours.label_B.cpu(), theirs.label_B)
@@ -488,10 +569,10 @@ def test_files_on_a_gpu_are_those_on_the_cpu(folder):
 
 
 @pytest.mark.gpu
-@DISTORTED
-def test_neither_resident_nor_mix_makes_the_host_wait(name, dataset):
+@ON_GPU
+def test_neither_resident_nor_mix_makes_the_host_wait(name, mix, second, dataset):
     distort, _ = DISTORTIONS[name]
-    plan = plan_of(dataset, distort).to("cuda")
+    plan = plan_of(dataset, distort, mix=Mix(name=mix), second=second).to("cuda")
     loader = loader_of("resident", dataset, distort, device="cuda")
     mixer = MixBatch(mean=dataset.mean, std=dataset.std, size=(H, W), num_classes=5).to("cuda")
     mixer(loader.views(plan.step(0)), plan.step(0))  # what is copied to the device once

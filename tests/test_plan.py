@@ -16,6 +16,8 @@ EVERYTHING = Distort(
     colour=Colour(brightness=0.4, contrast=0.3, saturation=0.2, hue=30.0), rotation=15.0, cutout=8, image_size=24
 )
 N, BATCH = 50, 8  # six full batches and one of 2
+CLASSES = np.array([0, 2, 2, 5, 5, 5, 5] + [7] * 43)[np.random.default_rng(0).permutation(N)]  # sizes 1, 2, 4, 43
+SECOND = pytest.mark.parametrize("second", ["image", "class"])
 
 
 def plan(**changes) -> Plan:
@@ -28,6 +30,27 @@ def plan(**changes) -> Plan:
 
 def fields(plan: Plan) -> dict[str, Tensor]:
     return {name: field for name, field in vars(plan).items() if isinstance(field, Tensor)}
+
+
+def with_second(second: str, **changes) -> Plan:
+    labels = CLASSES[: changes.get("num_images", N)]
+    return plan(second=second, label_N=labels if second == "class" else None, **changes)
+
+
+def halves(made: Plan) -> tuple[Plan, Plan]:
+    """The plan of the first views and that of the second ones, position by position, as plans without second views."""
+    steps = [made.positions(s * made.batch_size, (s + 1) * made.batch_size) for s in range(len(made))]
+    plans = []
+    for half in range(2):
+        parts = {}
+        for name in fields(made):
+            stem, axes = name.split("_")
+            if "N" in axes and name != "partner_N":
+                axis = axes.index("N")
+                whole = [getattr(step, f"{stem}_{axes.replace('N', 'B')}") for step in steps]
+                parts[name] = torch.cat([draws.chunk(2, axis)[half] for draws in whole], axis)
+        plans.append(replace(made, batch_size=made.batch_size // 2, second=False, **parts))
+    return plans[0], plans[1]
 
 
 def per_view(name: str) -> bool:
@@ -57,7 +80,8 @@ def test_same_arguments_give_the_same_plan(files):
 @pytest.mark.parametrize("other", [{"seed": 8}, {"epoch": 4}, {"seed": 3, "epoch": 7}])
 @pytest.mark.parametrize("files", [False, True])
 def test_another_seed_or_epoch_changes_every_draw(files, other):
-    unchanged = {"batch_size"} | ({"crop_VN2"} if files else {"region_VN4"})  # what is not drawn at all
+    unchanged = {"batch_size", "second"} | ({"crop_VN2"} if files else {"region_VN4"})  # what is not drawn at all
+    unchanged |= set() if "epoch" in other else {"epoch_S"}
     assert differing(plan(files=files), plan(files=files, **other)) == set(vars(plan())) - unchanged
 
 
@@ -67,7 +91,7 @@ def test_every_stream_draws_its_own_numbers():
 
 
 def test_stream_numbers_are_part_of_a_runs_identity():
-    names = "ORDER CROP FLIP REGION COLOUR ROTATION CUTOUT PARTNER LAMBDA PLACE".split()
+    names = "ORDER CROP FLIP REGION COLOUR ROTATION CUTOUT PARTNER LAMBDA PLACE SECOND".split()
     assert {stream.name: stream.value for stream in Stream} == {name: i for i, name in enumerate(names)}
 
 
@@ -115,7 +139,7 @@ def test_probability_leaves_the_draws_of_the_batches_that_stay_mixed():
 
 
 def test_the_batch_size_leaves_order_and_distortions():
-    touched = {"batch_size", "partner_N", "lam_SL", "box_SM4"}
+    touched = {"batch_size", "partner_N", "lam_SL", "box_SM4", "epoch_S"}
     assert differing(plan(), plan(batch_size=16)) == touched
 
 
@@ -194,18 +218,15 @@ def test_a_step_copies_nothing():
 
 def test_what_is_off_is_none():
     bare = plan(distort=Distort(), mix=Mix())
-    assert set(fields(bare)) == {"index_N", "crop_VN2", "flip_VN"}
-    assert {name for name, field in bare.step(0)._asdict().items() if field is not None} == {
-        "index_B",
-        "crop_VB2",
-        "flip_VB",
-    }
+    assert set(fields(bare)) == {"index_N", "crop_VN2", "flip_VN", "epoch_S"}
+    there = {"index_B", "crop_VB2", "flip_VB", "epoch", "second"}
+    assert {name for name, field in bare.step(0)._asdict().items() if field is not None} == there
 
 
 def test_evaluation_draws_nothing():
     made = plan(distort=EVERYTHING.evaluation(), mix=Mix(), shuffle=False, num_views=1, files=True)
     assert made.crop_VN2.sum() == 0 and not made.flip_VN.any()
-    assert set(fields(made)) == {"index_N", "crop_VN2", "flip_VN"}
+    assert set(fields(made)) == {"index_N", "crop_VN2", "flip_VN", "epoch_S"}
 
 
 def test_shapes_and_dtypes():
@@ -223,6 +244,7 @@ def test_shapes_and_dtypes():
         "partner_N": ((N,), torch.int64),
         "lam_SL": ((S, 1), torch.float32),
         "box_SM4": ((S, 3, 4), torch.int32),
+        "epoch_S": ((S,), torch.float64),
     }
 
 
@@ -294,10 +316,12 @@ def test_angles_follow_their_law():
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 40])
-def test_holes_are_squares_around_a_uniform_pixel_clipped(length):
+@pytest.mark.parametrize("as_mix", [False, True])
+def test_holes_are_squares_around_a_uniform_pixel_clipped(as_mix, length):
     """DeVries and Taylor: y1 = clip(y - length // 2, 0, h), y2 = clip(y + length // 2, 0, h); odd lengths stay odd."""
     width, height = 32, 24
-    x0, y0, x1, y1 = large(distort=Distort(cutout=length)).hole_VN4.flatten(0, 1).unbind(-1)
+    laws = {"mix": Mix(name="cutout", length=length)} if as_mix else {"distort": Distort(cutout=length)}
+    x0, y0, x1, y1 = large(**laws).hole_VN4.flatten(0, 1).unbind(-1)
     for start, stop, side in ((x0, x1, width), (y0, y1, height)):
         expected = Counter((max(at - length // 2, 0), min(at - length // 2 + length, side)) for at in range(side))
         drawn = Counter(zip(start.tolist(), stop.tolist(), strict=True))
@@ -308,8 +332,10 @@ def test_holes_are_squares_around_a_uniform_pixel_clipped(length):
 
 
 @pytest.mark.parametrize("alpha", [0.3, 1.0, 2.5])
-def test_the_nominal_lam_is_a_beta_draw(alpha):
-    lam = large(mix=Mix(name="cutnmix", alpha=alpha, box_rule="clip_nominal")).lam_SL
+@pytest.mark.parametrize("mix", [{"name": "cutnmix", "box_rule": "clip_nominal"}, {"name": "mixup"}])
+def test_the_nominal_lam_is_a_beta_draw(mix, alpha):
+    lam = large(mix=Mix(**mix, alpha=alpha)).lam_SL
+    assert lam.shape == (20000, 1) and lam.dtype == torch.float32
     assert stats.kstest(lam[:, 0].numpy(), stats.beta(alpha, alpha).cdf).pvalue > 0.01
 
 
@@ -340,10 +366,198 @@ def test_a_batch_is_mixed_with_the_probability_asked_for(rule, probability):
     assert (area_SM[~mixed] == 0).all()
 
 
+@pytest.mark.parametrize("probability", [0.0, 0.25, 1.0])
+def test_mixup_blends_with_the_probability_asked_for(probability):
+    mixed = large(mix=Mix(name="mixup", probability=probability)).lam_SL != 1
+    assert stats.binomtest(int(mixed.sum()), len(mixed), probability).pvalue > 0.01
+
+
 def test_shared_views_still_get_a_box_a_peer():
     made = plan(num_views=1, num_peers=4)
     assert made.flip_VN.shape[0] == 1
     assert made.box_SM4.shape[1] == 4
+
+
+# Mixup and cutout
+
+
+def test_mixup_is_cutmix_without_boxes_and_before_its_box_rule():
+    mixup, cutmix = (plan(mix=mix) for mix in (Mix(name="mixup"), Mix(name="cutmix", box_rule="clip_nominal")))
+    assert differing(mixup, cutmix) == {"box_SM4"} and mixup.box_SM4 is None
+    draws = mixup.step(2)
+    assert draws.box_M4 is None and draws.lam_L is not None and draws.partner_B is not None
+
+
+@pytest.mark.parametrize(("num_views", "num_peers"), [(1, 1), (1, 4), (4, 4)])
+def test_mixup_has_one_lam_and_one_partner_whatever_peers_there_are(num_views, num_peers):
+    made = plan(mix=Mix(name="mixup"), num_views=num_views, num_peers=num_peers)
+    assert torch.equal(made.lam_SL, plan(mix=Mix(name="mixup")).lam_SL)
+    assert torch.equal(made.partner_N, plan(mix=Mix(name="mixup")).partner_N)
+
+
+@pytest.mark.parametrize("num_views", [1, 2])
+@pytest.mark.parametrize(("length", "as_distortion"), [(5, 5), (None, 16)])
+def test_cutout_as_a_mix_cuts_the_holes_of_cutout_as_a_distortion(length, as_distortion, num_views):
+    """And a length that was left open is CIFAR-10's 16; the configuration fills in 8 for CIFAR-100."""
+    plain = EVERYTHING.model_copy(update={"cutout": 0})
+    made = plan(distort=plain, mix=Mix(name="cutout", length=length), num_views=num_views)
+    holes = plan(distort=plain.model_copy(update={"cutout": as_distortion}), mix=Mix(), num_views=num_views)
+    assert differing(made, holes) == set()
+    assert made.hole_VN4.shape[0] == num_views
+
+
+# Second views: of the same image, or of one of its class
+
+
+@SECOND
+@pytest.mark.parametrize("files", [False, True])
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("num_views", [1, 2])
+@pytest.mark.parametrize("name", ["none", "cutnmix", "mixup", "cutout"])
+def test_second_views_leave_the_first_as_they_are(second, files, drop_last, num_views, name):
+    changes = dict(files=files, drop_last=drop_last, num_views=num_views, mix=Mix(name=name))
+    made = with_second(second, **changes)
+    assert made.batch_size == 2 * BATCH and made.second
+    assert differing(plan(**changes), halves(made)[0]) == set()
+    for s in range(len(made)):  # what is drawn a step, or for the mix
+        for name, field in plan(**changes).step(s)._asdict().items():
+            if name in ("partner_B", "lam_L", "box_M4", "epoch"):
+                assert field is getattr(made.step(s), name) is None or torch.equal(field, getattr(made.step(s), name))
+
+
+@SECOND
+@pytest.mark.parametrize(
+    ("num_images", "sizes"), [(50, [16] * 6 + [4]), (48, [16] * 6), (5, [10]), (49, [16] * 6 + [2])]
+)
+def test_a_step_holds_the_batch_then_its_second_views(second, num_images, sizes):
+    made = with_second(second, num_images=num_images)
+    assert [len(made.step(s).index_B) for s in range(len(made))] == sizes
+    assert [len(made.step(s).partner_B) for s in range(len(made))] == [size // 2 for size in sizes]
+    assert all(made.step(s).second and made.step(s).flip_VB.shape[1] == size for s, size in enumerate(sizes))
+
+
+@pytest.mark.parametrize(("num_images", "steps"), [(50, 6), (48, 6), (5, 0)])
+def test_dropping_the_last_batch_drops_its_second_views(num_images, steps):
+    kept, dropped = (plan(num_images=num_images, second="image", drop_last=drop) for drop in (False, True))
+    assert len(dropped) == steps
+    assert torch.equal(dropped.index_N, kept.index_N[: steps * 2 * BATCH])
+
+
+@SECOND
+@pytest.mark.parametrize("start", [0, 3, 6])
+def test_the_positions_of_a_step_are_its_draws_but_for_the_mix(second, start):
+    """A loader reads several steps at once by their positions."""
+    made = with_second(second)
+    read = made.positions(start * made.batch_size, (start + 2) * made.batch_size)
+    steps = [made.step(s) for s in range(start, min(start + 2, len(made)))]
+    assert read.second
+    for name in ("index_B", "crop_VB2", "flip_VB", "colour_VB4", "angle_VB", "hole_VB4"):
+        axis = 0 if name == "index_B" else 1
+        assert torch.equal(getattr(read, name), torch.cat([getattr(draws, name) for draws in steps], axis)), name
+
+
+def test_second_views_of_images_are_of_the_same_images():
+    first, second = halves(with_second("image"))
+    assert torch.equal(first.index_N, second.index_N)
+
+
+def test_second_views_of_a_class_are_of_its_images():
+    first, second = halves(with_second("class"))
+    assert (CLASSES[first.index_N] == CLASSES[second.index_N]).all()
+    assert not torch.equal(first.index_N, second.index_N)
+    alone = int(np.flatnonzero(CLASSES == 0)[0])
+    assert second.index_N[first.index_N == alone].tolist() == [alone]
+
+
+def test_another_image_of_the_class_is_drawn_uniformly_and_independently():
+    """For every image over all of its class, itself included, whatever else is in the batch and in the epoch."""
+    epochs = [halves(with_second("class", epoch=epoch)) for epoch in range(400)]
+    other_EN = np.array([second.index_N[first.index_N.argsort()].tolist() for first, second in epochs])  # of image n
+    for label in (2, 5, 7):
+        members = np.flatnonzero(CLASSES == label)
+        counts = np.array([[(other_EN[:, n] == m).sum() for m in members] for n in members])
+        assert counts.sum() == 400 * len(members)
+        assert stats.chisquare(counts.flatten()).pvalue > 0.01
+    twos = np.flatnonzero(CLASSES == 2)
+    together = (other_EN[:, twos[0]] == other_EN[:, twos[1]]).sum()
+    assert stats.binomtest(int(together), 400, 0.5).pvalue > 0.01
+
+
+@pytest.mark.parametrize(
+    "changes", [{"drop_last": True}, {"num_peers": 4, "num_views": 4}, {"mix": Mix()}, {"batch_size": 5}]
+)
+def test_the_images_drawn_of_a_class_depend_on_seed_and_epoch_alone(changes):
+    made, other = (halves(with_second("class", **given))[1].index_N for given in ({}, changes))
+    assert torch.equal(made[: len(other)], other)
+
+
+@SECOND
+@pytest.mark.parametrize("files", [False, True])
+def test_second_views_are_distorted_on_their_own(second, files):
+    """Under the same laws, and unlike any first view."""
+    first, other = halves(with_second(second, files=files))
+    drawn = {name for name in fields(first) if per_view(name)} - ({"crop_VN2"} if files else set())
+    for name in drawn:
+        views = [*getattr(first, name), *getattr(other, name)]
+        assert not any(torch.equal(a, b) for i, a in enumerate(views) for b in views[:i]), name
+    assert differing(first, other) == drawn | ({"index_N"} if second == "class" else set())
+
+
+def test_the_distortions_of_first_and_second_views_are_independent():
+    first, second = halves(large(second="image", batch_size=100))
+    assert is_uniform(second.angle_VN, -15, 15)
+    for ours, theirs in zip(first.angle_VN, second.angle_VN, strict=True):
+        assert stats.pearsonr(ours.numpy(), theirs.numpy()).pvalue > 0.01
+    table = np.zeros((2, 2), dtype=int)
+    np.add.at(table, (first.flip_VN[0].int().numpy(), second.flip_VN[0].int().numpy()), 1)
+    assert stats.chi2_contingency(table).pvalue > 0.01
+    x = first.crop_VN2[..., 0].flatten() * 9 + second.crop_VN2[..., 0].flatten()
+    assert stats.chisquare(np.bincount(x.numpy(), minlength=81)).pvalue > 0.01
+
+
+@SECOND
+def test_the_second_views_of_two_peers_stay_when_there_are_four(second):
+    two, four = (with_second(second, num_views=J, num_peers=J) for J in (2, 4))
+    first = {name: field[:2] for name, field in fields(four).items() if per_view(name)}
+    assert differing(two, replace(four, **first, box_SM4=four.box_SM4[:, :2])) == set()
+
+
+@pytest.mark.parametrize(
+    ("off", "touched"),
+    [({"pad": 0}, "crop_VN2"), ({"colour": Colour()}, "colour_VN4"), ({"rotation": 0.0}, "angle_VN")],
+)
+def test_switching_a_distortion_off_leaves_the_other_draws_of_the_second_views(off, touched):
+    plans = (with_second("class", distort=distort) for distort in (EVERYTHING, EVERYTHING.model_copy(update=off)))
+    assert differing(*plans) == {touched}
+
+
+def test_golden_values_of_second_views():
+    """As test_golden_values: these numbers are part of a run."""
+    made = halves(with_second("class"))[1]
+    assert made.index_N[:6].tolist() == [41, 1, 20, 5, 17, 30]
+    assert made.crop_VN2[:, :2].tolist() == [[[7, 0], [8, 8]], [[5, 5], [1, 0]]]
+    assert made.angle_VN[:, 0].tolist() == pytest.approx([0.349486, 7.124459], abs=1e-5)
+
+
+def test_a_class_without_labels_is_refused():
+    with pytest.raises(ValueError, match="label_N"):
+        plan(second="class")
+
+
+# Time
+
+
+@pytest.mark.parametrize("epoch", [0, 3, 239])
+@pytest.mark.parametrize("changes", [{}, {"drop_last": True}, {"num_images": 5}, {"second": "image"}])
+def test_a_step_knows_how_many_epochs_were_done_before_it(epoch, changes):
+    made = plan(epoch=epoch, **changes)
+    S = len(made)
+    assert [made.step(s).epoch.item() for s in range(S)] == [epoch + s / S for s in range(S)]
+    assert made.step(0).epoch.shape == () and made.step(0).epoch.dtype == torch.float64
+
+
+def test_an_epoch_without_steps_has_no_time():
+    assert plan(num_images=5, drop_last=True).epoch_S.tolist() == []
 
 
 # What is refused
@@ -374,6 +588,7 @@ def test_shared_views_still_get_a_box_a_peer():
         (Mix, {"alpha": float("nan")}),
         (Mix, {"alpha": float("inf")}),
         (Mix, {"probability": 1.5}),
+        (Mix, {"length": 0}),
         (Mix, {"box_rule": "clip"}),
         (Mix, {"beta": 1.0}),
     ],
