@@ -125,7 +125,7 @@ def test_on_a_terminal_there_is_a_live_bar(tmp_path, monkeypatch):
 
 def test_exported_peers_are_the_checkpoints_in_plain_torch(trained):
     folder, _ = trained
-    peers = Peers("resnet20", count=2, num_classes=10, seed=1)
+    peers = Peers(["resnet20"] * 2, num_classes=10, seed=1)
     peers.load_state_dict(torch.load(folder.last, weights_only=True)["learner"]["peers"])
     image_BCHW = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     for j, net in enumerate(peers.eval().nets):
@@ -197,7 +197,7 @@ def test_a_mistake_is_one_line_and_no_traceback(tmp_path):
     [
         ("method.temprature=2", "method.temprature (command line): unknown key; did you mean method.temperature?"),
         ("method.temperature=-2", "method.temperature must be > 0"),
-        ("peers.count=1", "peers.count must be at least 2 for cutnmix"),
+        ("peers.count=1", "peers.count (command line): cutnmix needs at least 2 peers, got 1"),
         ("peers.network=resnt20", "peers.network: no 'resnt20', did you mean 'resnet20'?"),
         ("data=digit", f"data.name: 'digit' is none of {', '.join(DATASETS)}; the nearest is 'digits'"),
         ("data=folder", "distort.pad"),

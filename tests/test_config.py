@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from cutnmix.configs import shipped
-from cutnmix.trainer.config import Config, ConfigError, dump_config, load_config, parse_config
+from cutnmix.pipeline.plan import Mix
+from cutnmix.trainer.config import Config, ConfigError, PeersGroup, dump_config, load_config, parse_config
+from cutnmix.trainer.method import Needs, Task
 from cutnmix.trainer.methods import METHODS
 
 
@@ -31,6 +33,24 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+class Demanding:
+    """A method that asks for everything that one can ask for."""
+
+    needs = Needs(
+        "nobody", min_peers=3, form="branches", second="class", refuses={"mixup": "it is proud", "cutout": "it is shy"}
+    )
+
+    def __init__(self, task: Task, *, weight: float = 1.0) -> None:
+        """Never built: only its signature is read."""
+
+
+@pytest.fixture
+def demanding(monkeypatch) -> list[str]:
+    """What the method that is there now is content with."""
+    monkeypatch.setitem(METHODS, "demanding", Demanding)
+    return ["method=demanding", "peers.count=3", "peers.form=branches"]
+
+
 # What is there
 
 
@@ -41,7 +61,7 @@ def test_every_recipe_loads(recipe):
 
 def test_the_paper_recipe_has_the_papers_numbers():
     config = load_config("paper")
-    numbers = {"temperature": 3.0, "alpha": 0.6, "beta": 0.3, "gamma": 0.1}
+    numbers = {"temperature": 3.0, "alpha": 0.6, "beta": 0.3, "gamma": 0.1, "feature_dim": None}
     choices = {"tau2": True, "mmd_detach": True, "pt_grad_to_peers": False}
     assert config.method == {"name": "cutnmix", **numbers, **choices}
     assert (config.mix.name, config.mix.rule, config.mix.alpha, config.mix.probability) == (
@@ -74,11 +94,11 @@ drop_last: true
 eval_batch_size: 11
 views: shared
 mix: {name: cutmix, alpha: 0.5, probability: 0.25, box_rule: inside}
-method: {name: cutnmix, temperature: 2.5, alpha: 0.1, beta: 0.2, gamma: 0.3, tau2: false, mmd_detach: false, pt_grad_to_peers: true}
+method: {name: cutnmix, temperature: 2.5, alpha: 0.1, beta: 0.2, gamma: 0.3, tau2: false, mmd_detach: false, pt_grad_to_peers: true, feature_dim: 7}
 data: {name: digits, root: somewhere, classes: [1, 5, '7'], images_per_class: 9, download: false}
 distort: {pad: 2, flip: 0.25, colour: {brightness: 0.1, contrast: 0.2, saturation: 0.3, hue: 40.0}, rotation: 15.0, cutout: 8}
 loader: {name: resident, threads: 3, prefetch: 4}
-peers: {network: resnet20, count: 5}
+peers: {network: resnet20, count: 5, form: branches}
 optimizer: {lr: 0.001, momentum: 0.5, nesterov: false, weight_decay: 0.0, accumulate: 2}
 schedule: {name: step, milestones: [1.5, 2.0], gamma: 0.5, warmup_epochs: 0.5}
 checkpoint: {every_epochs: 2, every_steps: 7, best: false}
@@ -92,9 +112,11 @@ log_every: 5
 eval_every: 2
 """  # noqa: E501
 FILES_ONLY = "distort: {image_size: 64, crop_scale: [0.5, 0.75], crop_ratio: [0.5, 2.0], region: centre}\ndata: folder"
+CUTOUT_ONLY = "mix: {name: cutout, length: 5}"
+SHORT = ["mix: cutout", "mix: mixup", "peers: {network: [resnet20, resnet32, resnet20]}"]  # completed as they are read
 
 
-@pytest.mark.parametrize("text", [OTHER, FILES_ONLY])
+@pytest.mark.parametrize("text", [OTHER, FILES_ONLY, CUTOUT_ONLY, *SHORT])
 def test_every_key_round_trips_through_yaml(text, tmp_path):
     config = load_config(write(tmp_path, text))
     assert parse_config(yaml.safe_load(yaml.safe_dump(dump_config(config)))) == config
@@ -103,6 +125,7 @@ def test_every_key_round_trips_through_yaml(text, tmp_path):
 def test_the_round_trips_left_out_no_key(tmp_path):
     defaults = flat(dump_config(load_config("paper", ["data.root=null"])))
     others = flat(yaml.safe_load(OTHER)) | flat(yaml.safe_load(FILES_ONLY)["distort"], "distort.")
+    others["mix.length"] = yaml.safe_load(CUTOUT_ONLY)["mix"]["length"]
     assert others.keys() == defaults.keys()
     same = {key for key, value in others.items() if defaults[key] == value}
     assert same == {"method.name", "schedule.name"}  # whose other keys have no meaning under other names
@@ -110,7 +133,9 @@ def test_the_round_trips_left_out_no_key(tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_methods_keys_are_complete_once_loaded(method):
-    config = load_config("paper", [f"method={method}"])
+    needs = METHODS[method].needs
+    asked = [f"peers.form={needs.form or 'nets'}", f"peers.count={max(2, needs.min_peers)}", "mix=none"]
+    config = load_config("paper", [f"method={method}", *asked])
     assert set(config.method) == {"name", *(METHODS[method].__init__.__kwdefaults__ or {})}
 
 
@@ -119,6 +144,33 @@ def test_a_bare_name_in_the_file_is_short_for_its_group(tmp_path):
     config = load_config(path)
     groups = (config.mix, config.data, config.loader, config.schedule)
     assert [config.method["name"], *(group.name for group in groups)] == ["dml", "none", "digits", "resident", "cosine"]
+
+
+@pytest.mark.parametrize(("data", "length"), [("cifar100", 8), ("cifar10", 16), ("digits", 16), ("folder", 16)])
+def test_cutout_is_as_long_as_its_paper_chose_for_the_data(data, length):
+    keys = [f"data={data}", "mix=cutout", *(["distort.pad=4"] if data == "folder" else [])]
+    assert load_config("paper", keys).mix == Mix(name="cutout", length=length)
+    assert load_config("paper", [*keys, "mix.length=5"]).mix.length == 5
+    assert load_config("paper", [f"data={data}", "mix=none", *keys[2:]]).mix.length is None
+
+
+def test_peers_of_one_network_are_counted_and_those_of_a_list_are_listed(tmp_path):
+    same = load_config("paper", ["peers.network=resnet20", "peers.count=3"])
+    assert same.peers.networks == ["resnet20"] * 3
+    listed = load_config(write(tmp_path, "peers: {network: [resnet20, resnet32, resnet20]}"))
+    assert listed.peers.networks == ["resnet20", "resnet32", "resnet20"]
+    assert listed.peers.count == listed.num_views == 3
+    assert load_config("paper", ["peers.network=[resnet20]", "peers.count=1", "method=baseline"]).peers.count == 1
+
+
+def test_a_list_of_networks_in_python_is_counted_as_well():
+    assert PeersGroup(network=["resnet20"] * 4).count == 4
+    assert Config(peers=PeersGroup(network=["resnet20"] * 4)).num_views == 4
+
+
+def test_second_views_double_what_the_loader_reads(demanding):
+    assert load_config("paper", ["batch_size=10"]).images_per_step == 10
+    assert load_config("paper", [*demanding, "batch_size=10"]).images_per_step == 20
 
 
 def test_an_empty_file_is_all_defaults(tmp_path):
@@ -224,6 +276,22 @@ CASES = {
     "mix keys under no mix": ("mix: {name: none, box_rule: inside}", "mix.box_rule ", "do nothing", "mix.name: none"),
     "padding of files": ("data: folder\ndistort: {pad: 2}", "distort.pad ", "do nothing", "data.name: folder"),
     "size of arrays": ("distort: {image_size: 64}", "distort.image_size ", "do nothing", "data.name: cifar100"),
+    "no form": ("peers: {form: tree}", "peers.form ", "'nets' or 'branches'", "'tree'"),
+    "no network": ("peers: {network: 3}", "peers.network ", "valid string", "valid list", "got 3"),
+    "one of the networks is none": ("peers: {network: [a, 3]}", "peers.network ", "valid string", "got 3"),
+    "no networks at all": ("peers: {network: []}", "peers.network ", "at least 1 item", "got []"),
+    "more networks than peers": (
+        "peers: {network: [a, b, c], count: 2}",
+        "peers ",
+        "2 peers, but network lists 3",
+        "leave count out",
+    ),
+    "fewer networks than peers": ("peers: {network: [a], count: 2}", "peers ", "2 peers, but network lists 1"),
+    "boxes under mixup": ("mix: {name: mixup, box_rule: inside}", "mix.box_rule ", "do nothing", "mix.name: mixup"),
+    "a hole under cutmix": ("mix: {name: cutmix, length: 8}", "mix.length ", "do nothing", "mix.name: cutmix"),
+    "a blend under cutout": ("mix: {name: cutout, alpha: 0.5}", "mix.alpha ", "do nothing", "mix.name: cutout"),
+    "a hole of no length": ("mix: {name: cutout, length: 0}", "mix.length ", "greater than or equal to 1", "0"),
+    "cutout twice": ("mix: cutout\ndistort: {cutout: 8}", "distort.cutout ", "do nothing", "mix.name: cutout"),
     "nesterov alone": ("optimizer: {momentum: 0}", "optimizer ", "nesterov: true needs momentum > 0"),
 }
 
@@ -314,8 +382,22 @@ def test_a_damaged_resolved_configuration_is_refused_with_its_place(tree):
 
 def test_default_folder_names_tell_runs_apart():
     changes = ["seed=1", "method=dml", "mix=cutmix", "views=shared", "data=cifar10", "peers.count=4", "peers.network=x"]
+    changes += ["peers.network=[x, y]", "peers.network=[y, x]", "peers.form=branches"]
     folders = {load_config("paper", [*given]).folder for given in ([], *([change] for change in changes))}
     assert len(folders) == 1 + len(changes)
+
+
+@pytest.mark.parametrize(
+    ("keys", "peers"),
+    [
+        (["peers.network=resnet20", "peers.count=3"], "resnet20x3"),
+        (["peers.network=[resnet20, wrn_16_2]"], "resnet20-wrn_16_2"),
+        (["peers.network=resnet20", "peers.form=branches"], "resnet20x2-branches"),
+    ],
+)
+def test_a_folder_is_named_after_its_peers(keys, peers):
+    expected = Path(f"runs/cifar100-{peers}-cutnmix-cutnmix-per_peer-seed95")
+    assert load_config("paper", keys).folder == expected
 
 
 def test_a_name_is_the_folder_under_runs():
@@ -325,3 +407,64 @@ def test_a_name_is_the_folder_under_runs():
 def test_schedule_keys_without_a_meaning_are_refused():
     with pytest.raises(ConfigError, match=r"schedule\.milestones \(command line\): .*schedule.name: cosine"):
         load_config("paper", ["schedule=cosine", "schedule.milestones=[1]"])
+
+
+# What goes with what
+
+USED = {
+    "none": set(),
+    "cutmix": {"alpha", "probability", "box_rule"},
+    "cutnmix": {"alpha", "probability", "box_rule"},
+    "mixup": {"alpha", "probability"},
+    "cutout": {"length"},
+}
+
+
+@pytest.mark.parametrize("mix", USED)
+@pytest.mark.parametrize(
+    ("key", "value"), [("alpha", 0.5), ("probability", 0.5), ("box_rule", "inside"), ("length", 5)]
+)
+def test_a_mix_takes_its_own_keys_and_no_others(mix, key, value):
+    overrides = [f"mix={mix}", f"mix.{key}={value}"]
+    if key in USED[mix]:
+        assert getattr(load_config("paper", overrides).mix, key) == value
+    else:
+        assert refusal("paper", *overrides) == f"mix.{key} (command line): would do nothing under mix.name: {mix}"
+
+
+def test_all_stray_keys_of_a_mix_are_named_at_once():
+    message = refusal("paper", "mix=none", "mix.length=5", "mix.alpha=0.5")
+    assert message == "mix.alpha (command line), mix.length (command line): would do nothing under mix.name: none"
+
+
+REFUSED = {
+    "peers: {form: branches, count: 2}": "peers.count ({}): demanding needs at least 3 peers, got 2",
+    "peers: {form: branches, network: [x, x]}": "peers.network ({}): demanding needs at least 3 peers, got 2",
+    "peers: {form: nets, count: 3}": "peers.form ({}): demanding is defined for branches only, got 'nets'",
+    "mix: mixup": "mix ({}), method ({}): mixup has no meaning with demanding: it is proud",
+    "mix: cutout": "mix ({}), method ({}): cutout has no meaning with demanding: it is shy",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_a_method_needs_is_said_in_full(text, demanding, tmp_path):
+    peers = "" if text.startswith("peers") else "\npeers: {form: branches, count: 3}"
+    path = write(tmp_path, f"method: demanding\n{text}{peers}")
+    assert refusal(path) == REFUSED[text].replace("{}", str(path))
+    overrides = [f"{key}={value}" for key, value in flat(yaml.safe_load(text + peers)).items()]
+    path = write(tmp_path, "")
+    assert refusal(path, "method=demanding", *overrides) == REFUSED[text].replace("{}", "command line")
+
+
+def test_a_method_that_gets_what_it_needs_is_content(demanding):
+    config = load_config("paper", demanding)
+    assert config.method == {"name": "demanding", "weight": 1.0} and config.needs is Demanding.needs
+    for mix in ("none", "cutmix", "cutnmix"):
+        assert load_config("paper", [*demanding, f"mix={mix}"]).mix.name == mix
+
+
+def test_what_a_run_folder_holds_is_held_to_the_same_needs(demanding):
+    tree = dump_config(load_config("paper", demanding))
+    tree["peers"]["count"] = 2
+    with pytest.raises(ConfigError, match=r"peers\.count \(runs/x/config\.yaml\): demanding needs at least 3 peers"):
+        parse_config(tree, "runs/x/config.yaml")

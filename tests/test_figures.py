@@ -184,7 +184,7 @@ def test_batch_shows_the_pixels(tmp_path):
 @pytest.mark.gpu
 def test_batch_on_a_gpu(tmp_path):
     parts = example(Mix(name="cutnmix"), 2, 2, dtype=torch.bfloat16)
-    views, batch, draws = (type(p)(*(None if t is None else t.cuda() for t in p)) for p in parts)
+    views, batch, draws = (type(p)(*(t.cuda() if torch.is_tensor(t) else t for t in p)) for p in parts)
     batch_picture(tmp_path / "batch.png", views, batch, draws)
 
 

@@ -22,31 +22,31 @@ class Known(nn.Module):
         self.logits_JNK = logits_JNK
 
     def forward(self, index_B: Tensor) -> Outputs:
-        return Outputs(self.logits_JNK[:, index_B], index_B[None, :, None].float())
+        return Outputs(self.logits_JNK[:, index_B], (index_B[:, None].float(),) * len(self.logits_JNK))
 
 
 class Taught(nn.Module):
-    """A method with a teacher, or without, whose logits are looked up as well."""
+    """A method that predicts on its own, under any names, by logits that are looked up as well."""
 
-    def __init__(self, logits_NK: Tensor | None = None):
+    def __init__(self, logits: dict[str, Tensor]):
         super().__init__()
-        self.logits_NK = logits_NK
+        self.logits = logits
 
-    def forward(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        return {}
-
-    def teacher(self, outputs: Outputs) -> Tensor | None:
-        return None if self.logits_NK is None else self.logits_NK[outputs.feature_JBD[0, :, 0].long()]
+    def predictions(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        assert not self.training
+        index_B = outputs.features[0][:, 0].long()
+        assert torch.equal(index_B, batch.index_B)
+        return {name: logits_NK[index_B] for name, logits_NK in self.logits.items()}
 
 
 def evaluated(
-    logits_JNK: np.ndarray, label_N: np.ndarray, teacher_NK: np.ndarray | None = None, *, peers=Known, poll=lambda: None
+    logits_JNK: np.ndarray, label_N: np.ndarray, *, peers=Known, poll=lambda: None, **predictions: np.ndarray
 ) -> Scores:
     plan = make_plan(
         seed=0, epoch=0, num_images=len(label_N), size=(2, 2), batch_size=BATCH, distort=Distort().evaluation(),
         mix=Mix(), num_views=1, num_peers=1, shuffle=False,
     )  # fmt: skip
-    method = Taught(None if teacher_NK is None else torch.from_numpy(teacher_NK).float())
+    method = Taught({name: torch.from_numpy(logits_NK).float() for name, logits_NK in predictions.items()})
     learner = Learner(peers(torch.from_numpy(logits_JNK).float()), method, None, None)
     views = (Views(torch.zeros(1), None, torch.from_numpy(label_N)[i], i) for i in plan.index_N.split(BATCH))
     scores = evaluate(
@@ -57,7 +57,7 @@ def evaluated(
 
 
 def unmixed(views: Views, draws) -> Batch:
-    return Batch(views.index_B, torch.zeros(1), views.label_B, views.index_B)
+    return Batch(views.index_B, torch.zeros(1), views.label_B, views.index_B, draws.epoch)
 
 
 def reference(prob_NK: np.ndarray, label_N: np.ndarray) -> dict[str, float]:
@@ -91,10 +91,10 @@ def drawn(J: int, K: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("J", [1, 3])
 def test_scores_are_those_of_a_loop_over_images(J, K):
     logits_JNK, label_N = drawn(J, K)
-    teacher_NK, _ = drawn(1, K, seed=1)
-    made = evaluated(logits_JNK, label_N, teacher_NK[0])
+    (teacher_NK, leader_NK), _ = drawn(2, K, seed=1)
+    made = evaluated(logits_JNK, label_N, teacher=teacher_NK, leader=leader_NK)
     probs = {f"peer{j}": softmax(logits_NK) for j, logits_NK in enumerate(logits_JNK)}
-    probs |= {"ensemble": softmax(logits_JNK).mean(0), "teacher": softmax(teacher_NK[0])}
+    probs |= {"ensemble": softmax(logits_JNK).mean(0), "teacher": softmax(teacher_NK), "leader": softmax(leader_NK)}
     for name, prob_NK in probs.items():
         assert made[name] == pytest.approx(reference(prob_NK, label_N), rel=1e-5, abs=1e-5), name
     assert made.keys() == {*probs, "mean", "best_peer"}
@@ -109,8 +109,16 @@ def test_the_mean_is_of_scores_and_the_best_peer_is_the_best_by_top1():
     assert made["best_peer"] == max(peers, key=lambda peer: peer["top1"])
 
 
-def test_without_a_teacher_there_is_no_score_of_one():
-    assert "teacher" not in evaluated(*drawn(2, 4))
+def test_a_method_without_predictions_of_its_own_adds_no_score():
+    assert evaluated(*drawn(2, 4)).keys() == {"peer0", "peer1", "ensemble", "mean", "best_peer"}
+
+
+def test_what_the_method_predicts_is_no_peer():
+    """The mean and the best are the peers' own, however good the method's predictions are."""
+    logits_JNK, label_N = drawn(2, 4)
+    alone, beside = (evaluated(logits_JNK, label_N, **more) for more in ({}, {"teacher": 9 * np.eye(4)[label_N]}))
+    assert beside.pop("teacher")["top1"] == 100 > alone["best_peer"]["top1"]
+    assert beside == alone
 
 
 @pytest.mark.parametrize("K", [2, 3, 4, 5])

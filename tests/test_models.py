@@ -1,105 +1,19 @@
+"""Peers: who gets which view, where they start, and what branches share."""
+
 import copy
-from typing import Any
 
 import pytest
 import torch
+from tasks import TINY, make_peers
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from cutnmix.models import NETWORKS, build_network
-from cutnmix.models.peers import Peers, Sizes
-from cutnmix.models.resnet import ResNet, basic, bottleneck
-
-# name: parameters at K = 10 and K = 100, feature size, convolutions (shortcuts included), MACs at K = 100
-PUBLISHED = {
-    "resnet32": (466_906, 472_756, 64, 33, 69.1e6),
-    "resnet110": (1_147_738, 1_170_868, 256, 112, 167.5e6),
-}
-BLOCKS = pytest.mark.parametrize("block", [basic, bottleneck])
-
-
-def num_parameters(net: nn.Module) -> int:
-    return sum(p.numel() for p in net.parameters())
+from cutnmix.models.network import Network
+from cutnmix.models.peers import Peers
 
 
 def images(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_network_is_the_published_one(name):
-    at_10, at_100, feature_dim, num_convs, macs = PUBLISHED[name]
-    net: Any = build_network(name, 100)
-    assert (num_parameters(build_network(name, 10)), num_parameters(net)) == (at_10, at_100)
-    assert net.feature_dim == feature_dim
-    assert sum(isinstance(m, nn.Conv2d) for m in net.modules()) == num_convs
-    with FlopCounterMode(display=False) as flops, torch.device("meta"):  # tells where the strides sit
-        net.to("meta").eval()(torch.empty(1, 3, 32, 32))
-    assert flops.get_total_flops() / 2 == pytest.approx(macs, rel=1e-3)
-
-
-def test_resnet20_is_two_blocks_a_stage_less_than_resnet32():
-    one_block_of_each_width = 2 * 9 * (16**2 + 32**2 + 64**2) + 4 * (16 + 32 + 64)
-    assert num_parameters(build_network("resnet20", 10)) == 466_906 - 2 * one_block_of_each_width
-
-
-@BLOCKS
-def test_initial_weights(block):
-    torch.manual_seed(0)
-    net = ResNet(block, [2, 2, 2], num_classes=10)
-    for m in net.modules():
-        if isinstance(m, nn.Conv2d):
-            std = (2 / (m.out_channels * m.kernel_size[0] ** 2)) ** 0.5
-            assert m.bias is None and m.weight.std().item() == pytest.approx(std, rel=0.2)
-        if isinstance(m, nn.BatchNorm2d):
-            assert (m.weight == 1).all() and (m.bias == 0).all()
-
-
-@BLOCKS
-def test_logits_are_the_head_on_the_pooled_last_stage(block):
-    net = ResNet(block, [1, 2, 1], num_classes=7, in_channels=4)
-    x, sizes = net.stem(images(3, 4, 32, 32)), []
-    for stage in net.stages:
-        x = stage(x)
-        sizes.append(x.shape[-1])
-    logits_BK, feature_BD = net(images(3, 4, 32, 32))
-    assert sizes == [32, 16, 8]
-    assert logits_BK.shape == (3, 7) and feature_BD.shape == (3, net.feature_dim)
-    assert (feature_BD >= 0).all() and (feature_BD > 0).any()
-    torch.testing.assert_close(feature_BD, x.mean((2, 3)))
-    torch.testing.assert_close(logits_BK, net.head(feature_BD))
-
-
-def test_bfloat16_channels_last_is_float32_within_its_precision():
-    net = build_network("resnet20", 10).eval()
-    image_BCHW = images(4, 3, 32, 32)
-    with torch.no_grad():
-        expected = net(image_BCHW)
-        nhwc = copy.deepcopy(net).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            actual = nhwc(image_BCHW.to(memory_format=torch.channels_last))
-    for a, e in zip(actual, expected, strict=True):
-        assert a.dtype == torch.bfloat16
-        assert (a.float() - e).norm() < 0.03 * e.norm()
-
-
-@BLOCKS
-def test_compiles_to_one_graph(block):
-    net = ResNet(block, [1, 1, 1], num_classes=10)
-    twin = copy.deepcopy(net)
-    torch._dynamo.reset()
-    logits, feature = torch.compile(net, fullgraph=True, backend="aot_eager")(images(2, 3, 32, 32))
-    expected_logits, expected_feature = twin(images(2, 3, 32, 32))
-    torch.testing.assert_close((logits, feature), (expected_logits, expected_feature))
-    logits.square().sum().backward()
-    expected_logits.square().sum().backward()
-    torch.testing.assert_close(net.stem[0][0].weight.grad, twin.stem[0][0].weight.grad, rtol=1e-4, atol=1e-4)
-
-
-def test_unknown_network_names_key_nearest_and_all():
-    with pytest.raises(ValueError, match=r"peers\.network.*'resnet_32'.*did you mean 'resnet32'") as error:
-        build_network("resnet_32", 10)
-    assert all(name in str(error.value) for name in NETWORKS)
 
 
 def weights(net: nn.Module) -> torch.Tensor:
@@ -108,10 +22,10 @@ def weights(net: nn.Module) -> torch.Tensor:
 
 def test_peer_is_a_function_of_seed_and_j_alone():
     torch.manual_seed(1)
-    three = Peers("resnet20", count=3, num_classes=10, seed=95)
+    three = Peers(["resnet20"] * 3, num_classes=10, seed=95)
     torch.manual_seed(2)
-    one = Peers("resnet20", count=1, num_classes=10, seed=95)
-    other = Peers("resnet20", count=1, num_classes=10, seed=96)
+    one = Peers(["resnet20"] * 1, num_classes=10, seed=95)
+    other = Peers(["resnet20"] * 1, num_classes=10, seed=96)
     torch.testing.assert_close(dict(one.nets[0].state_dict()), dict(three.nets[0].state_dict()), rtol=0, atol=0)
     starts = [weights(net) for net in (*three.nets, *other.nets)]
     for a in range(len(starts)):
@@ -121,20 +35,20 @@ def test_peer_is_a_function_of_seed_and_j_alone():
 
 def test_building_peers_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
-    Peers("resnet20", count=2, num_classes=10, seed=95)
+    Peers(["resnet20"] * 2, num_classes=10, seed=95)
     assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.gpu
 def test_building_peers_leaves_the_cuda_generator_alone():
     before = torch.cuda.get_rng_state()
-    Peers("resnet20", count=2, num_classes=10, seed=95)
+    Peers(["resnet20"] * 2, num_classes=10, seed=95)
     assert torch.equal(before, torch.cuda.get_rng_state())
 
 
 def test_view_v_goes_to_peer_v_and_one_view_to_all():
-    peers = Peers("resnet20", count=2, num_classes=5, seed=0).eval()
-    assert peers.sizes == Sizes(J=2, K=5, D=64)
+    peers = Peers(["resnet20"] * 2, num_classes=5, seed=0).eval()
+    assert len(peers) == 2 and peers.feature_dims == (64, 64) and peers.trunk_dim is None
     image_VBCHW = images(2, 3, 3, 32, 32)
     with torch.no_grad():
         own, shared = peers(image_VBCHW), peers(image_VBCHW[:1])
@@ -146,7 +60,7 @@ def test_view_v_goes_to_peer_v_and_one_view_to_all():
 
 
 def test_a_peer_gets_no_gradient_from_another():
-    peers = Peers("resnet20", count=2, num_classes=5, seed=0)
+    peers = Peers(["resnet20"] * 2, num_classes=5, seed=0)
     peers(images(1, 2, 3, 32, 32)).logits_JBK[0].square().sum().backward()
     mine, theirs = ([p.grad for p in net.parameters()] for net in peers.nets)
     assert all(grad is not None and grad.any() for grad in mine)
@@ -155,4 +69,85 @@ def test_a_peer_gets_no_gradient_from_another():
 
 def test_peers_count_must_be_positive():
     with pytest.raises(ValueError, match=r"peers\.count.*at least 1.*0"):
-        Peers("resnet20", count=0, num_classes=10, seed=0)
+        Peers([], num_classes=10, seed=0)
+
+
+BRANCHED = ["resnet20", "vgg16_bn", "wrn40_2", "densenet40_12"]  # one of each family
+
+
+@pytest.mark.parametrize("name", BRANCHED)
+def test_branches_are_whole_networks_with_one_trunk(name):
+    peers = Peers([name] * 3, num_classes=5, seed=0, form="branches").eval()
+    whole = [peers.network(j) for j in range(3)]
+    image_VBCHW = images(3, 2, 3, 32, 32)
+    with torch.no_grad():
+        own, shared = peers(image_VBCHW), peers(image_VBCHW[:1])
+        for j, net in enumerate(whole):
+            assert isinstance(net, Network) and net.trunk is peers.trunk
+            torch.testing.assert_close((own.logits_JBK[j], own.features[j]), net(image_VBCHW[j]))
+            torch.testing.assert_close((shared.logits_JBK[j], shared.features[j]), net(image_VBCHW[0]))
+            assert own.shared_VBE is not None and shared.shared_VBE is not None
+            torch.testing.assert_close(own.shared_VBE[j], net.trunk(image_VBCHW[j]).mean((2, 3)))
+        assert shared.shared_VBE.shape == (1, 2, peers.trunk_dim)
+    plain = build_network(name, 5)
+    plain.load_state_dict(whole[1].state_dict())
+
+
+@pytest.mark.parametrize("name", BRANCHED)
+def test_branches_share_nothing_but_the_trunk(name):
+    peers = Peers([name] * 3, num_classes=5, seed=0, form="branches")
+    modules = [{id(m) for m in net.modules()} for net in peers.nets]
+    tensors = [{t.data_ptr() for t in (*net.parameters(), *net.buffers()) if t.numel()} for net in peers.nets]
+    for sets in (modules, tensors):
+        assert all(sets[a].isdisjoint(sets[b]) for a in range(3) for b in range(a))
+    starts = [weights(net) for net in peers.nets]
+    assert not any(torch.equal(starts[a], starts[b]) for a in range(3) for b in range(a))
+
+
+def test_a_branch_starts_as_the_network_of_its_peer_does():
+    nets, branches = (Peers(["resnet20"] * 2, num_classes=5, seed=3, form=form) for form in ("nets", "branches"))
+    for j in range(2):
+        for part, other in ((0, "trunk"), (j, "branch")):
+            expected = getattr(nets.nets[part], other).state_dict()
+            torch.testing.assert_close(dict(getattr(branches.network(j), other).state_dict()), dict(expected))
+
+
+def test_all_views_pass_the_trunk_at_once_so_its_statistics_are_of_all():
+    peers = Peers(["resnet20"] * 2, num_classes=5, seed=0, form="branches")
+    trunk, image_VBCHW = copy.deepcopy(peers.trunk), images(2, 3, 3, 32, 32)
+    peers(image_VBCHW)
+    assert trunk is not None and peers.trunk is not None
+    trunk(image_VBCHW.flatten(0, 1))
+    torch.testing.assert_close(dict(peers.trunk.state_dict()), dict(trunk.state_dict()))
+
+
+def test_the_trunk_gets_the_gradients_of_all_branches_and_a_branch_its_own():
+    peers = make_peers(2, "branches")
+    peers(images(1, 2, 3, 4, 4)).logits_JBK[0].square().sum().backward()
+    assert peers.trunk is not None
+    assert all(p.grad is not None and p.grad.any() for p in (*peers.trunk.parameters(), *peers.nets[0].parameters()))
+    assert all(p.grad is None or not p.grad.any() for p in peers.nets[1].parameters())
+
+
+def test_peers_of_several_architectures(monkeypatch):
+    for name, network in TINY.items():
+        monkeypatch.setitem(NETWORKS, name, network)
+    peers = Peers(["tiny", "tiny_wide"], num_classes=4, seed=0)
+    outputs = peers(images(2, 3, 3, 4, 4))
+    assert peers.feature_dims == (6, 12) and [f.shape for f in outputs.features] == [(3, 6), (3, 12)]
+    for j, net in enumerate(peers.nets):
+        torch.testing.assert_close(outputs.logits_JBK[j], net(images(2, 3, 3, 4, 4)[j])[0])
+
+
+@pytest.mark.parametrize(
+    ("networks", "form", "message"),
+    [
+        (["resnet20", "resnet32"], "branches", r"peers\.form: branches share one trunk.*resnet20.*resnet32"),
+        (["plain"] * 2, "branches", r"peers\.form: plain cannot be cut.*use nets"),
+        (["resnet20"] * 2, "twigs", r"peers\.form must be one of nets, branches, got 'twigs'"),
+    ],
+)
+def test_forms_that_cannot_be_are_refused(networks, form, message, monkeypatch):
+    monkeypatch.setitem(NETWORKS, "plain", lambda num_classes: nn.Linear(1, num_classes))
+    with pytest.raises(ValueError, match=message):
+        Peers(networks, num_classes=5, seed=0, form=form)

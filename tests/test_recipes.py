@@ -1,10 +1,17 @@
 """The shipped recipes train, and keep what the README promises of them."""
 
-import pytest
+import math
 
+import pytest
+import torch
+
+from cutnmix.configs import shipped
+from cutnmix.models import NETWORKS
+from cutnmix.trainer.build import build
 from cutnmix.trainer.config import load_config
 from cutnmix.trainer.folder import RunFolder
 from cutnmix.trainer.run import train
+from cutnmix.trainer.step import Tally
 
 
 @pytest.mark.slow
@@ -23,3 +30,28 @@ def test_the_papers_recipe_trains_on_real_cifar100(loader, cifar_root, tmp_path)
     first, last = [record for record in RunFolder(tmp_path / "run").records() if record["kind"] == "train"]
     assert last["loss"]["ce"] < first["loss"]["ce"]
     assert result["steps"] == 2 * 8  # 500 images in batches of 64, the last one smaller
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("network", [*NETWORKS, "torchvision.mobilenet_v3_small", "timm.mobilenetv3_small_050"])
+def test_every_network_makes_a_step_with_cutnmix(network, precision):
+    keys = [f"peers.network={network}", f"precision={precision}", "data.images_per_class=1", "batch_size=4"]
+    parts = build(load_config("quickstart", [*keys, "loader=resident"]))
+    plan, tally = parts.plan(0), Tally([])
+    views = next(iter(parts.loader.epoch(plan)))
+    before = [p.detach().clone() for p in parts.learner.peers.parameters()]
+    parts.step.train(parts.learner, views, plan.step(0), tally, lr=0.01, share=1.0, update=True)
+    losses = tally.read()
+    assert losses.keys() == {"ce", "dml", "mmd", "pt", "pt_ce", "total", "top1"}
+    assert all(math.isfinite(loss) for loss in losses.values())
+    moved = [not torch.equal(p, old) for p, old in zip(parts.learner.peers.parameters(), before, strict=True)]
+    assert all(moved)
+
+
+@pytest.mark.parametrize("recipe", [name for name in shipped() if name.startswith("table1/")])
+def test_the_rows_of_table_1_have_the_papers_recipe_but_for_their_method(recipe):
+    paper, row = load_config("paper"), load_config(recipe)
+    for key in ("seed", "epochs", "batch_size", "data", "distort", "optimizer", "schedule", "loader", "precision"):
+        assert getattr(row, key) == getattr(paper, key)
+    assert row.peers.network == paper.peers.network

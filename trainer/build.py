@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from cutnmix.models.cost import branches_cost, check_image_size
 from cutnmix.models.peers import Peers, seeded
 from cutnmix.pipeline.datasets import Dataset, Splits, load_splits
 from cutnmix.pipeline.distort import view_size
@@ -13,6 +14,7 @@ from cutnmix.pipeline.mix import MixBatch
 from cutnmix.pipeline.plan import Mix, Plan, make_plan
 from cutnmix.trainer.config import Config, ConfigError
 from cutnmix.trainer.device import Setting, choose, compile_modules
+from cutnmix.trainer.method import Task
 from cutnmix.trainer.methods import METHODS
 from cutnmix.trainer.step import Learner, Step
 
@@ -25,6 +27,7 @@ class Parts:
 
     config: Config
     setting: Setting
+    notes: list[str]  # lines for the user
     splits: Splits
     loader: Loader
     test_loader: Loader
@@ -45,6 +48,8 @@ class Parts:
             mix=config.mix,
             num_views=config.num_views,
             num_peers=config.peers.count,
+            second=config.needs.second,
+            label_N=train.labels,
             files=not train.in_memory,
             drop_last=config.drop_last,
         ).to(self.setting.device)
@@ -88,12 +93,15 @@ def build(config: Config) -> Parts:
             f"batch_size: {config.batch_size} is more than the {len(splits.train)} training images, "
             f"and drop_last drops a batch that is not full"
         )
-    learner = _learner(config, len(splits.train.classes), setting)
+    notes = [*setting.notes, *_checked_networks(config, splits.train)]
+    learner = _learner(config, splits.train, setting)
     step, test_step = (
         Step(_mix(config, split, setting), setting.device.type, setting.dtype, compiled=setting.compile == "step")
         for split in splits
     )
-    compile_modules(setting.compile, setting.device, *learner.peers.nets, learner.method, step.mix, test_step.mix)
+    compile_modules(
+        setting.compile, setting.device, *learner.peers.compile_units(), learner.method, step.mix, test_step.mix
+    )
     on_gpu = setting.device.type == "cuda"
     threads = config.loader.threads or (min(8, torch.get_num_threads()) if on_gpu else 1)
 
@@ -113,8 +121,9 @@ def build(config: Config) -> Parts:
     return Parts(
         config=config,
         setting=setting,
+        notes=notes,
         splits=splits,
-        loader=loader(splits.train, config.distort, config.num_views, config.batch_size),
+        loader=loader(splits.train, config.distort, config.num_views, config.images_per_step),
         test_loader=loader(splits.test, config.distort.evaluation(), 1, config.eval_batch_size),
         learner=learner,
         step=step,
@@ -133,19 +142,48 @@ def _mix(config: Config, split: Dataset, setting: Setting) -> MixBatch:
     ).to(setting.device)
 
 
-def _learner(config: Config, num_classes: int, setting: Setting) -> Learner:
+def _checked_networks(config: Config, train: Dataset) -> list[str]:
+    """Refuse networks that do not take the views; what branches save, as a line for the user."""
+    peers, num_classes, size = config.peers, len(train.classes), view_size(train, config.distort)
     try:
-        peers = Peers(config.peers.network, count=config.peers.count, num_classes=num_classes, seed=config.seed)
+        for name in dict.fromkeys(peers.networks):
+            check_image_size(name, num_classes, size)
+        if peers.form == "nets":
+            return []
+        costs = branches_cost(peers.networks[0], peers.count, num_classes, size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    nets, cut = costs.nets, costs.shared if config.views == "shared" else costs.per_peer
+    return [
+        f"{peers.count} branches of {peers.networks[0]}: {cut.parameters:,} parameters "
+        f"({cut.parameters / nets.parameters:.0%} of whole networks'), "
+        f"{cut.macs / 1e6:,.1f} M MACs an image ({cut.macs / nets.macs:.0%})"
+    ]
+
+
+def _learner(config: Config, train: Dataset, setting: Setting) -> Learner:
+    num_classes = len(train.classes)
+    try:
+        peers = Peers(config.peers.networks, num_classes=num_classes, seed=config.seed, form=config.peers.form)
+        task = Task(
+            J=len(peers),
+            K=num_classes,
+            feature_dims=peers.feature_dims,
+            trunk_dim=peers.trunk_dim,
+            num_images=len(train),
+            epochs=config.epochs,
+            peers=peers,
+        )
         keys: dict[str, Any] = {key: value for key, value in config.method.items() if key != "name"}
         with seeded(config.seed, METHOD_STREAM):
-            method = METHODS[config.method["name"]](peers.sizes, **keys)
+            method: Any = METHODS[config.method["name"]](task, **keys)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     peers, method = peers.to(setting.device), method.to(setting.device)
     if config.channels_last:
         peers.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in torch's stub)
     optimizer = torch.optim.SGD(
-        [*peers.parameters(), *method.parameters()],
+        [p for p in (*peers.parameters(), *method.parameters()) if p.requires_grad],
         lr=config.optimizer.lr,
         momentum=config.optimizer.momentum,
         nesterov=config.optimizer.nesterov,

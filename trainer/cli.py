@@ -1,4 +1,4 @@
-"""The command line: cutnmix train | evaluate | report."""
+"""The command line: cutnmix train | evaluate | report | export | models."""
 
 import signal
 import sys
@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
+from cutnmix.models import NETWORKS
+from cutnmix.models.cost import blueprint, cost, made_for, parameters, source
 from cutnmix.pipeline.datasets import DataError
 from cutnmix.trainer.config import ConfigError, load_config
 from cutnmix.trainer.display import Display
@@ -74,6 +77,47 @@ def report(run: Run):
         display.note(f"{run}: no evaluation yet, {len(records)} training records")
     draw_curves(records, folder.curves, run.name)
     display.note(f"curves: {folder.curves}")
+
+
+@app.command()
+def export(
+    run: Run,
+    format: Annotated[str, typer.Option(help="safetensors, torch_export or onnx")],
+    peer: Annotated[str, typer.Option(help="best (chosen on the test images), mean (of all peers), or a number")],
+    out: Annotated[Path | None, typer.Option(help="the file; by default in RUN/export")] = None,
+    checkpoint: Annotated[str, typer.Option(help="last, or best (chosen on the test images)")] = "last",
+):
+    """Write a trained peer, or the mean of all, as one file for other programs."""
+    from cutnmix.trainer.export import export as write
+
+    path, what = write(run, format, peer, out, checkpoint)
+    Display().note(f"{path}: {what}")
+
+
+@app.command()
+def models(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="also torchvision.NAME, timm.NAME")] = None,
+    classes: Annotated[int, typer.Option(min=1, help="K of the MACs and of the second count of parameters")] = 100,
+):
+    """List the networks: what each costs, and its plan. MACs are of convolutions and matrix products."""
+    table = Table(
+        "network", *(f"parameters, K = {K}" for K in (10, classes)), f"MACs, K = {classes}", "image", "feature", "plan"
+    )
+    for column in table.columns[1:-1]:
+        column.justify = "right"
+    for name in names or NETWORKS:
+        try:
+            size = made_for(name)
+            row = cost(name, classes, size)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        counts = (parameters(blueprint(name, 10)), row.parameters)
+        cells = (*(f"{count:,}" for count in counts), f"{row.macs / 1e6:,.1f} M", f"{size[0]} x {size[1]}")
+        table.add_row(name, *cells, str(row.feature_dim), source(name))
+    console = Display().console
+    if not console.is_terminal:
+        console.width = sys.maxsize  # in a file or a pipe, a row is a line
+    console.print(table)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from cutnmix.configs import shipped
 from cutnmix.pipeline.plan import Distort, Mix
+from cutnmix.trainer.method import Needs
 from cutnmix.trainer.methods import METHODS
 
 
@@ -49,8 +50,29 @@ class Loader(_Group):
 class PeersGroup(_Group):
     """Who learns."""
 
-    network: str = "resnet32"
-    count: Annotated[int, Field(ge=1)] = 2
+    network: str | Annotated[list[str], Field(min_length=1)] = "resnet32"  # a list: one each
+    count: Annotated[int, Field(ge=1)] = 2  # of a list: its length
+    form: Literal["nets", "branches"] = "nets"  # branches share all but their last stage and head
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_of_a_list(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(tree.get("network"), list):
+            tree = {"count": len(tree["network"]), **tree}
+        return tree
+
+    @model_validator(mode="after")
+    def _one_network_each(self) -> "PeersGroup":
+        if isinstance(self.network, list) and len(self.network) != self.count:
+            raise ValueError(
+                f"{self.count} peers, but network lists {len(self.network)}: leave count out, or make it so"
+            )
+        return self
+
+    @property
+    def networks(self) -> list[str]:
+        """The network of each peer."""
+        return self.network if isinstance(self.network, list) else [self.network] * self.count
 
 
 class Optimizer(_Group):
@@ -121,9 +143,22 @@ class Config(_Group):
         return self.peers.count if self.views == "per_peer" else 1
 
     @property
+    def needs(self) -> Needs:
+        """What the method asks of the other keys."""
+        return METHODS[self.method["name"]].needs
+
+    @property
+    def images_per_step(self) -> int:
+        """Images that the loader reads a training step: the batch, and its second views where the method needs them."""
+        return self.batch_size * (2 if self.needs.second else 1)
+
+    @property
     def folder(self) -> Path:
         """The run's folder."""
-        peers = f"{self.peers.network}x{self.peers.count}"
+        network = self.peers.network
+        peers = "-".join(network) if isinstance(network, list) else f"{network}x{self.peers.count}"
+        if self.peers.form != "nets":
+            peers += f"-{self.peers.form}"
         parts = (self.data.name, peers, self.method["name"], self.mix.name, self.views, f"seed{self.seed}")
         return self.runs / (self.name or "-".join(parts))
 
@@ -135,8 +170,13 @@ class Config(_Group):
 
     @model_validator(mode="after")
     def _keys_that_belong_together(self) -> "Config":
-        if self.mix.name == "none":
-            self._refuse("mix", self.mix, {"alpha", "probability", "box_rule"}, "mix.name: none")
+        used = {"none": set(), "cutout": {"length"}, "mixup": {"alpha", "probability"}}
+        stray = {"alpha", "probability", "box_rule", "length"} - used.get(
+            self.mix.name, {"alpha", "probability", "box_rule"}
+        )
+        self._refuse("mix", self.mix, stray, f"mix.name: {self.mix.name}")
+        if self.mix.name == "cutout":
+            self._refuse("distort", self.distort, {"cutout"}, "mix.name: cutout, which has its own length")
         unused = {"pad"} if self.data.name == "folder" else {"image_size", "crop_scale", "crop_ratio", "region"}
         self._refuse("distort", self.distort, unused, f"data.name: {self.data.name}")
         if self.schedule.name != "step":
@@ -189,7 +229,33 @@ def _validated(tree: Any, origin: Callable[[str], str]) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item, origin) for item in error.errors())) from None
-    return config.model_copy(update={"method": _checked_method(config.method, origin)})
+    config = config.model_copy(update={"method": _checked_method(config.method, origin), "mix": _complete(config)})
+    _check_needs(config, origin)
+    return config
+
+
+def _complete(config: Config) -> Mix:
+    """The mix with what its paper chose by data set."""
+    if config.mix.name == "cutout" and config.mix.length is None:
+        return config.mix.model_copy(update={"length": 8 if config.data.name == "cifar100" else 16})
+    return config.mix
+
+
+def _check_needs(config: Config, origin: Callable[[str], str]) -> None:
+    """Refuse what the method cannot work with."""
+    name, needs, peers = config.method["name"], config.needs, config.peers
+    if peers.count < needs.min_peers:
+        key = "peers.network" if isinstance(peers.network, list) else "peers.count"  # where the number comes from
+        raise ConfigError(f"{key} ({origin(key)}): {name} needs at least {needs.min_peers} peers, got {peers.count}")
+    if needs.form and peers.form != needs.form:
+        raise ConfigError(
+            f"peers.form ({origin('peers.form')}): {name} is defined for {needs.form} only, got {peers.form!r}"
+        )
+    if reason := needs.refuses.get(config.mix.name):
+        raise ConfigError(
+            f"mix ({origin('mix')}), method ({origin('method')}): "
+            f"{config.mix.name} has no meaning with {name}: {reason}"
+        )
 
 
 def dump_config(config: Config) -> dict[str, Any]:
@@ -262,7 +328,9 @@ def _explain(
         named = ", ".join(f"{key} ({origin(key)})" for key in item["ctx"]["keys"])
         return f"{named}: {item['msg']}"
     if item["type"] != "extra_forbidden":
-        path = list(takewhile(str.isidentifier, path))  # without list indices and pydantic's names of a union's parts
+        # Without list indices and pydantic's names of a union's parts: groups, then one key.
+        groups = len(prefix) or len([*takewhile(lambda n: _fields_at(path[:n]), range(1, len(path) + 1))])
+        path = list(takewhile(str.isidentifier, path[: groups + 1]))
     key = ".".join(path)
     where = f"{key} ({origin(key)})" if key else origin("")
     if item["type"] == "extra_forbidden":

@@ -191,7 +191,7 @@ def draw_batch(
 
     Args:
         views, batch: before and after the mix, on any device. Peers 0 to 3 are drawn.
-        draws: what the mix executed; where it has no boxes, only the views are drawn.
+        draws: what the mix executed; where it has no partners, only the views are drawn. Second views are not.
         classes: K names.
         mean, std: per channel, of pixels scaled to [0, 1], as the batch was normalised.
         path: of the file.
@@ -200,7 +200,7 @@ def draw_batch(
     boxes, partner_B, lam_L = (
         [] if draw is None else draw.tolist() for draw in (draws.box_M4, draws.partner_B, draws.lam_L)
     )
-    mixes, num_peers, num_shown = bool(boxes), len(batch.image_VBCHW), min(num_images, len(views.label_B))
+    mixes, num_peers, num_shown = bool(partner_B), len(batch.image_VBCHW), min(num_images, len(batch.label_B))
     mean_C11, std_C11 = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
     needed = [*range(num_shown), *partner_B[:num_shown]]  # image i and, num_shown further on, its partner
     view_VBCHW = views.image_VBCHW[:MAX_PEERS, needed].cpu().float() / 255
@@ -234,14 +234,15 @@ def draw_batch(
     title = "One training batch, " + ("mixed with lam = " if mixes else "not mixed")
     title += ", ".join(f"{lam:.2f}" for lam in lam_L[:MAX_PEERS])
     write(GAP, 0.3, title, fontsize=15, weight="bold")
-    notes = ["image: the view, with its partner's pixels inside the box"] * mixes
+    blend = "image: lam x the view + (1 - lam) x its partner's view"
+    notes = ["image: the view, with its partner's pixels inside the box" if boxes else blend] * mixes
     notes += ["target: lam x the view's label + (1 - lam) x its partner's label"] * mixes
     notes += [f"peers 0 to {MAX_PEERS - 1} of {num_peers}"] * (num_peers > MAX_PEERS)
     for n, note in enumerate(notes):
         write(GAP, 0.6 + 0.2 * n, note)
     top = 0.6 + 0.2 * len(notes)
     for j, mixed_BCHW in enumerate(mixed_VBCHW):
-        box = boxes[j % len(boxes)] if mixes else [0, 0, 0, 0]
+        box = boxes[j % len(boxes)] if boxes else [0, 0, 0, 0]
         if j < len(view_VBCHW):
             middle = top + side * height / width / 2 - 0.11 * mixes
             write(
@@ -257,10 +258,12 @@ def draw_batch(
         if mixes:
             middle, kept = top + CELL * height / width / 2, 1 - (box[2] - box[0]) * (box[3] - box[1]) / (width * height)
             write(MARGIN - GAP, middle - 0.11, f"peer {j}: mixed" if num_peers > 1 else "all peers: mixed", ha="right")
-            write(MARGIN - GAP, middle + 0.11, f"mask: {kept:.0%} kept", ha="right")
+            if boxes:
+                write(MARGIN - GAP, middle + 0.11, f"mask: {kept:.0%} kept", ha="right")
             mask_3HW = torch.tensor(to_rgb(BLUE))[:, None, None].repeat(1, height, width)
             mask_3HW[:, box[1] : box[3], box[0] : box[2]] = torch.tensor(to_rgb(VERMILLION))[:, None, None]
-            show(mask_3HW, MARGIN, CELL, INK)
+            if boxes:
+                show(mask_3HW, MARGIN, CELL, INK)
             for image_CHW, x in zip(mixed_BCHW, left, strict=True):
                 show(image_CHW, x, CELL, INK, box)
             top += CELL * height / width

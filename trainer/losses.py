@@ -74,3 +74,15 @@ def mmd(feature_JBD: Tensor, detach: bool = True) -> Tensor:
     spread = (others_JD - centre_D).square().sum()  # over peers
     num_peers = len(feature_JBD)
     return (num_peers * (mean_JD - centre_D).square().sum(-1) + spread) / (num_peers - 1)
+
+
+def ramp_up(epoch: Tensor, ramp_epochs: float) -> Tensor:
+    """w(e) = exp(-5 (1 - min(e, R) / R)^2), e whole epochs done, R = `ramp_epochs`; 1 where R = 0. 0-D float32.
+
+    e is `epoch` rounded down, as the authors' code raises the weight once an epoch. On the device of `epoch`.
+    Source: Laine and Aila, ICLR 2017, arXiv:1610.02242; used by ONE, OKDDip and PCL with R = 80.
+    """
+    if not ramp_epochs:
+        return torch.ones((), device=epoch.device)
+    missing = 1 - (epoch.floor() / ramp_epochs).clamp(max=1)
+    return (-5 * missing**2).exp().float()

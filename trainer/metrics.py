@@ -1,4 +1,4 @@
-"""Test scores of every peer, of their mean, of the ensemble and of the method's teacher.
+"""Test scores of every peer, of their mean, of the ensemble and of what else the method predicts by.
 
     top1, top5   percent of images whose class is the first / among the first five (fewer classes: all of them)
     nll          mean of -log p(class), nats
@@ -27,7 +27,9 @@ Scores = dict[str, dict[str, float]]
 def evaluate(
     learner: Learner, step: Step, batches: Iterable[Views], plan: Plan, *, num_classes: int, poll: Callable[[], None]
 ) -> Scores:
-    """Scores by name: peer0, peer1, ..., mean, best_peer, ensemble and, if the method trains one, teacher.
+    """Scores by name: peer0, peer1, ..., mean, best_peer, ensemble and the method's own predictions, such as teacher.
+
+    The method's own names must be others than these.
 
     In eval mode, which the learner leaves again. One host synchronisation, at the end. `poll` is called after each
     batch, so that a signal need not wait for the last one.
@@ -40,9 +42,8 @@ def evaluate(
         log_prob_JBK = outputs.logits_JBK.float().log_softmax(-1)
         log_probs = {f"peer{j}": log_prob_BK for j, log_prob_BK in enumerate(log_prob_JBK)}
         log_probs["ensemble"] = log_prob_JBK.logsumexp(0) - math.log(len(log_prob_JBK))
-        teacher_BK = learner.method.teacher(outputs)
-        if teacher_BK is not None:
-            log_probs["teacher"] = teacher_BK.float().log_softmax(-1)
+        for name, logits_BK in learner.method.predictions(outputs, batch).items():
+            log_probs[name] = logits_BK.float().log_softmax(-1)
         for name, log_prob_BK in log_probs.items():
             if name not in metrics:
                 metrics[name] = _metrics(num_classes, log_prob_BK.device)
@@ -51,7 +52,7 @@ def evaluate(
     learner.peers.train()
     learner.method.train()
     scores = {name: _read(metric) for name, metric in metrics.items()}
-    peers = [score for name, score in scores.items() if name.startswith("peer")]
+    peers = [score for name, score in scores.items() if name.startswith("peer") and name[4:].isdigit()]
     return {
         **scores,
         "mean": {key: sum(peer[key] for peer in peers) / len(peers) for key in peers[0]},

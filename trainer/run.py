@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
 from cutnmix.pipeline.batch import Views
@@ -24,6 +23,7 @@ from cutnmix.trainer.build import Parts, build
 from cutnmix.trainer.checkpoint import Position
 from cutnmix.trainer.config import Config
 from cutnmix.trainer.display import Display
+from cutnmix.trainer.export import export_peers
 from cutnmix.trainer.figures import draw_batch, draw_curves
 from cutnmix.trainer.folder import RunError, RunFolder, Stopped, write_atomically
 from cutnmix.trainer.metrics import Scores, evaluate
@@ -48,7 +48,7 @@ def train(config: Config, display: Display | None = None) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.manual_seed(config.seed)
     parts = build(config)
-    for note in parts.setting.notes:
+    for note in parts.notes:
         display.note(note)
     with folder.locked(), _signals() as requested:
         folder.check(config)  # again: another process may have started it meanwhile
@@ -122,7 +122,7 @@ class _Run:
             update=step + 1 == last,
         )
         self.position = Position(epoch, step + 1)
-        self.timer.images += len(views.index_B)
+        self.timer.images += len(views.index_B) // (1 + plan.second)
         self.display.advance()
         if (step + 1) % config.log_every == 0 or step + 1 == len(plan):
             self._log(epoch + (step + 1) / len(plan), lr)
@@ -219,14 +219,6 @@ def score(parts: Parts, poll=lambda: None) -> Scores:
         num_classes=len(parts.splits.test.classes),
         poll=poll,
     )
-
-
-def export_peers(parts: Parts, folder: Path) -> None:
-    """peerJ.safetensors: the state dict of each peer's plain network, with its name and class count as metadata."""
-    meta = {"network": parts.config.peers.network, "num_classes": str(len(parts.splits.train.classes))}
-    for j, net in enumerate(parts.learner.peers.nets):
-        weights = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
-        save_file(weights, folder / f"peer{j}.safetensors", metadata=meta)
 
 
 def hardware(device: torch.device) -> str:

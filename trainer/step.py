@@ -20,7 +20,7 @@ class Learner:
     """Everything that a step changes, and so everything that a checkpoint must hold."""
 
     peers: Peers
-    method: Any  # an nn.Module that keeps the contract of cutnmix.trainer.methods.Method
+    method: Any  # an nn.Module that keeps the contract of cutnmix.trainer.method
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
 
@@ -89,7 +89,7 @@ class Step:
         """One batch through the mix, the peers and the method. The losses are float32 whatever autocast does."""
         batch, outputs = self.predict(learner, views, draws)
         with self._autocast():
-            return batch, outputs, learner.method(outputs, batch)
+            return batch, outputs, learner.method(outputs, batch, learner.peers)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype != torch.float32)

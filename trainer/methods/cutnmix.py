@@ -28,23 +28,28 @@ Source: the paper; no code of its authors is public. Where it leaves a choice, o
 
 from math import inf
 
+import torch
 from torch import Tensor, nn
 
-from cutnmix.models.peers import Outputs, Sizes
+from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl, mmd, mutual_kl
+from cutnmix.trainer.method import Needs, Task
+from cutnmix.trainer.projection import Projection
 
 
 class CutnMixDistillation(nn.Module):
     """{"ce", "dml", "mmd", "pt", "pt_ce"}; a term of weight 0 is left out, and with gamma = 0 there is no teacher.
 
-    Raises: ValueError for `peers.count` < 2, `method.temperature` <= 0 or a negative weight `method.alpha`,
-    `method.beta`, `method.gamma`.
+    Raises: ValueError for `method.temperature` <= 0, a negative weight `method.alpha`, `method.beta`, `method.gamma`,
+    or peers of different feature sizes under beta > 0 without `method.feature_dim`.
     """
+
+    needs = Needs("Shen et al., arXiv 2022", min_peers=2)
 
     def __init__(
         self,
-        sizes: Sizes,
+        task: Task,
         *,
         temperature: float = 3.0,
         alpha: float = 0.6,
@@ -53,10 +58,9 @@ class CutnMixDistillation(nn.Module):
         tau2: bool = True,
         mmd_detach: bool = True,
         pt_grad_to_peers: bool = False,
+        feature_dim: int | None = None,
     ) -> None:
         super().__init__()
-        if sizes.J < 2:
-            raise ValueError(f"peers.count must be at least 2 for cutnmix, got {sizes.J}: peers learn from each other")
         if not 0 < temperature < inf:
             raise ValueError(f"method.temperature must be > 0 and finite, got {temperature}")
         for key, weight in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
@@ -65,27 +69,31 @@ class CutnMixDistillation(nn.Module):
         self.temperature = temperature
         self.alpha, self.beta, self.gamma = alpha if tau2 else alpha / temperature**2, beta, gamma
         self.mmd_detach, self.pt_grad_to_peers = mmd_detach, pt_grad_to_peers
-        self.peer_teacher = nn.Linear(sizes.J * sizes.D, sizes.K) if gamma else None
+        self.projection = Projection(task.feature_dims, feature_dim, term="the MMD (method.beta)") if beta else None
+        self.peer_teacher = nn.Linear(sum(task.feature_dims), task.K) if gamma else None
 
-    def forward(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, outputs: Outputs, batch: Batch, peers: Peers) -> dict[str, Tensor]:
         """All but pt_ce are sums over peers: peer j gets exactly the gradient of L^j, the teacher that of pt_ce."""
-        logits_JBK, feature_JBD = outputs
+        logits_JBK = outputs.logits_JBK
         losses = {"ce": cross_entropy(logits_JBK, batch.target_LBK).sum()}
         if self.alpha:
             losses["dml"] = self.alpha * mutual_kl(logits_JBK, self.temperature).sum()
-        if self.beta:
-            losses["mmd"] = self.beta * mmd(feature_JBD, self.mmd_detach).sum()
+        if self.projection is not None:
+            losses["mmd"] = self.beta * mmd(self.projection(outputs.features), self.mmd_detach).sum()
         teacher_BK = self.teacher(outputs)
         if teacher_BK is not None:
             losses["pt"] = self.gamma * kl(teacher_BK, logits_JBK, self.temperature).sum()
             losses["pt_ce"] = cross_entropy(teacher_BK[None], batch.target_LBK.mean(0, keepdim=True)).sum()
         return losses
 
+    def predictions(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """{"teacher"}: the peer teacher, where there is one."""
+        teacher_BK = self.teacher(outputs)
+        return {} if teacher_BK is None else {"teacher": teacher_BK}
+
     def teacher(self, outputs: Outputs) -> Tensor | None:
         """z^PT (B, K) = W concat_j f^j + b, the features detached unless `pt_grad_to_peers`; None if gamma = 0."""
         if self.peer_teacher is None:
             return None
-        feature_JBD = at_least_float32(outputs.feature_JBD)
-        if not self.pt_grad_to_peers:
-            feature_JBD = feature_JBD.detach()
-        return self.peer_teacher(feature_JBD.transpose(0, 1).flatten(1))
+        feature_BD = at_least_float32(torch.cat(outputs.features, dim=-1))
+        return self.peer_teacher(feature_BD if self.pt_grad_to_peers else feature_BD.detach())

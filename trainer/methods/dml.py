@@ -19,34 +19,35 @@ from math import inf
 
 from torch import Tensor, nn
 
-from cutnmix.models.peers import Outputs, Sizes
+from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import cross_entropy, mutual_kl
+from cutnmix.trainer.method import Needs, Task
 
 
 class DML(nn.Module):
     """{"ce", "dml"}; "dml" is left out where alpha = 0.
 
-    Raises: ValueError for `peers.count` < 2, `method.temperature` <= 0 or `method.alpha` < 0.
+    Raises: ValueError for `method.temperature` <= 0 or `method.alpha` < 0.
     """
 
-    def __init__(self, sizes: Sizes, *, temperature: float = 1.0, alpha: float = 1.0) -> None:
+    needs = Needs("Zhang et al., CVPR 2018", min_peers=2)
+
+    def __init__(self, task: Task, *, temperature: float = 1.0, alpha: float = 1.0) -> None:
         super().__init__()
-        if sizes.J < 2:
-            raise ValueError(f"peers.count must be at least 2 for dml, got {sizes.J}: peers learn from each other")
         if not 0 < temperature < inf:
             raise ValueError(f"method.temperature must be > 0 and finite, got {temperature}")
         if not 0 <= alpha < inf:
             raise ValueError(f"method.alpha must be >= 0 and finite, got {alpha}")
         self.temperature, self.alpha = temperature, alpha
 
-    def forward(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, outputs: Outputs, batch: Batch, peers: Peers) -> dict[str, Tensor]:
         """Both are sums over peers, and with the others detached peer j gets exactly the gradient of L^j."""
         losses = {"ce": cross_entropy(outputs.logits_JBK, batch.target_LBK).sum()}
         if self.alpha:
             losses["dml"] = self.alpha * mutual_kl(outputs.logits_JBK, self.temperature).sum()
         return losses
 
-    def teacher(self, outputs: Outputs) -> None:
-        """No teacher."""
-        return None
+    def predictions(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """None but the peers'."""
+        return {}

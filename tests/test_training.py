@@ -1,0 +1,73 @@
+"""Every method, through the command line: it trains, its loss falls, and killed it goes on to the very same end."""
+
+import json
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_resume import assert_same, comparable_records, final_state, start, steps_on_record, wait_for_step
+
+from cutnmix.trainer.cli import main
+from cutnmix.trainer.folder import RunFolder
+from cutnmix.trainer.methods import METHODS
+
+NEEDS_TEACHER = {"kd": ["method.teacher={teacher}"], "tf_kd": ["method.variant=self", "method.teacher={teacher}"]}
+STATEFUL = [("ps_kd", []), ("one", []), ("okddip", []), ("pcl", []), ("kdcl", ["method.variant=general"])]
+
+
+def train(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["cutnmix", "train", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+
+
+def keys(name: str, teacher: Path | None = None) -> list[str]:
+    needs = METHODS[name].needs
+    mix = "none" if "cutnmix" in needs.refuses else "cutnmix"
+    form = needs.form or "nets"
+    own = [key.format(teacher=teacher) for key in NEEDS_TEACHER.get(name, [])]
+    return [f"method={name}", *own, f"mix={mix}", f"peers.count={max(2, needs.min_peers)}", f"peers.form={form}"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """A finished run of one network."""
+    runs = tmp_path_factory.mktemp("teacher")
+    small = ["mix=none", "peers.count=1", "epochs=1", "data.images_per_class=60"]
+    with pytest.MonkeyPatch.context() as patch:
+        train(patch, "quickstart", "method=baseline", *small, f"runs={runs}", "name=t")
+    return runs / "t"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_two_epochs_on_digits_lower_the_loss(name, teacher, tmp_path, monkeypatch):
+    size = ["epochs=2", "data.images_per_class=30", "batch_size=30", "schedule=constant", "loader=resident"]
+    train(monkeypatch, "quickstart", *keys(name, teacher), *size, f"runs={tmp_path}", "name=run")
+    folder = RunFolder(tmp_path / "run")
+    first, last = [record for record in folder.records() if record["kind"] == "train"]
+    assert last["loss"]["ce"] < first["loss"]["ce"]
+    result = json.loads(folder.result.read_text())
+    assert 0 < result["headline"]["top1"] <= 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "more"), STATEFUL, ids=[name for name, _ in STATEFUL])
+def test_a_method_with_memory_killed_at_random_moments_ends_the_same(name, more, tmp_path):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    overrides = [*keys(name), *more, "loader=resident"]
+    assert start(straight, *overrides).wait() == 0
+    rng = random.Random(name)
+    for kill_after in sorted(rng.sample(range(1, steps_on_record(straight)), 2)):
+        process = start(broken, *overrides)
+        wait_for_step(process, broken, kill_after)
+        time.sleep(rng.random() * 0.2)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start(broken, *overrides).wait() == 0
+    assert_same(final_state(broken), final_state(straight))
+    assert comparable_records(broken) == comparable_records(straight)

@@ -1,0 +1,57 @@
+"""The contract between a method and the rest: what it may ask for, what it is built for, what it answers."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+from cutnmix.models.peers import Outputs, Peers
+from cutnmix.pipeline.batch import Batch
+
+
+class Needs(NamedTuple):
+    """What a method asks of the other keys of a configuration. Checked before any work is done."""
+
+    paper: str = ""  # authors, venue, year: what `cutnmix methods` shows
+    min_peers: int = 1
+    form: Literal["branches"] | None = None  # the only peers.form that it is defined for
+    second: Literal["image", "class"] | None = None  # a second view of each image, or of another one of its class
+    refuses: Mapping[str, str] = {}  # mix.name -> why the two have no meaning together
+
+
+class Task(NamedTuple):
+    """What a method is built for."""
+
+    J: int  # peers
+    K: int  # classes
+    feature_dims: tuple[int, ...]  # (D_0, ..., D_{J-1})
+    trunk_dim: int | None  # E, of branches
+    num_images: int  # N of the training set
+    epochs: int
+    peers: Peers | None  # with their initial weights; only for a method that copies them
+
+
+class Method(Protocol):
+    """An nn.Module, so that optimizer, device, compile and checkpoint need to know no more than that.
+
+    Built as `METHODS[name](task, **keys)`: keyword-only arguments are the YAML keys under `method`, each with a type
+    and a default, its paper's. A value that makes no sense is a ValueError that names its key. Parameters are trained
+    unless they ask for no gradient; buffers are what it remembers, and are in every checkpoint.
+    """
+
+    needs: Needs
+
+    def __init__(self, task: Task, **keys: Any) -> None: ...
+
+    def forward(self, outputs: Outputs, batch: Batch, peers: Peers) -> dict[str, Tensor]:
+        """Named scalar losses, already weighted; the step adds them up and calls backward once.
+
+        Each is a SUM over peers, so that peer j gets the gradient of its own objective L^j, whatever J is.
+        At least float32, whatever autocast does around it. `peers` is for the methods that run the networks on more
+        images than the batch's own (`batch.second_VBCHW`), or follow their weights; most do not look at it.
+        """
+        ...
+
+    def predictions(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Logits (B, K) that the evaluation scores beside the peers, by name: a teacher, a leader. Often {}."""
+        ...
