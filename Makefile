@@ -22,8 +22,8 @@ check: $(READY)  ## lint, format, types
 test-gpu: $(READY)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-bench: $(READY)  ## throughput of loaders, mix and step on this machine
-	$(BIN)/python -m cutnmix.benchmarks
+bench: $(READY)  ## what everything costs on this machine: make bench BENCH="--root DIR --device cuda"
+	$(BIN)/cutnmix bench all $(BENCH)
 
 $(READY): setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,79 +1,278 @@
-"""python -m cutnmix.benchmarks loader | peers [--json FILE]: tables on the terminal, records in a file."""
+"""cutnmix bench loader | mix | step | peers | methods | memory | all | tables: what things cost on this machine.
 
-import json
+Each prints tables, and leaves NAME.json and NAME.png in a folder. `python -m cutnmix.benchmarks` is the same.
+"""
+
 from pathlib import Path
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from cutnmix.benchmarks import loaders, peers
-from cutnmix.benchmarks.measure import Spread, batches_per_s, header
-from cutnmix.pipeline import load_splits
+from cutnmix.benchmarks import loaders, memory, methods, mixes, peers, plots, records, steps, tables
+from cutnmix.benchmarks.measure import checkout
+from cutnmix.pipeline import Dataset, load_splits
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Measure what things cost here.", pretty_exceptions_enable=False
+)
 console = Console(highlight=False)
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
 Root = Annotated[Path | None, typer.Option(help="folder with cifar-100-python/; without it, handwritten digits")]
-Json = Annotated[Path | None, typer.Option("--json", help="write the record to this file")]
-
-
-@app.callback(invoke_without_command=True)
-def everything(context: typer.Context) -> None:
-    """Both benchmarks, when none is named."""
-    if context.invoked_subcommand is None:
-        loader()
-        peer_steps()
+Views = Annotated[str, typer.Option(help="the values of J, with commas")]
+Rounds = Annotated[int, typer.Option(min=1, help="of which the median is taken; all contenders run once in each")]
+Seconds = Annotated[float, typer.Option(help="that each figure of a round takes, without its warm-up")]
+Batch = Annotated[int, typer.Option(min=2, help="images")]
+Network = Annotated[str, typer.Option(help="as in cutnmix models")]
+Json = Annotated[Path | None, typer.Option("--json", help="write the record to this file too")]
+Out = Annotated[
+    Path | None, typer.Option(help="folder of records and plots: benchmarks/results of a checkout, or else this one")
+]
 
 
 @app.command()
 def loader(
-    root: Root = None, batch: int = 128, rounds: int = 5, seconds: float = 1.0, views: str = "1,2,4,8", out: Json = None
-) -> None:
-    """Views per second of each loader with its mix, against J."""
-    data = (load_splits("cifar100", root, download=False) if root else load_splits("digits")).train
-    counts = [int(text) for text in views.split(",")]
-    rates: dict[str, dict[str, Spread]] = {name: {} for name in loaders.CONTENDERS}
-    for count in counts:
-        seen: dict[str, list[float]] = {name: [] for name in loaders.CONTENDERS}
-        for _ in range(rounds):
-            for name, contender in loaders.CONTENDERS.items():
-                with contender(data, count, batch) as batches:
-                    seen[name].append(count * batch * batches_per_s(batches, seconds))
-        for name, values in seen.items():
-            rates[name][str(count)] = Spread.of(values)
-    table = Table("", *(f"J = {count}" for count in counts), title=f"views/s, {data.name}, batch {batch}")
-    for name, row in rates.items():
-        table.add_row(name, *(_cell(row[str(count)]) for count in counts))
-    _report(table, {"benchmark": "loader", "data": data.name, "batch": batch, "views_per_s": rates}, out)
+    device: Device = "cpu",
+    root: Root = None,
+    views: Views = "1,2,4,8,16",
+    batch: Batch = 128,
+    batches: Annotated[str, typer.Option(help="batch sizes to compare at J = 2; empty for none")] = "32,128,512",
+    jpeg: Annotated[bool, typer.Option(help="generated JPEG files instead of arrays")] = False,
+    images: Annotated[int, typer.Option(min=8, help="how many JPEG files")] = 400,
+    workers: Annotated[int, typer.Option(min=1, help="processes of a DataLoader, threads of DALI")] = 2,
+    rounds: Rounds = 5,
+    seconds: Seconds = 0.5,
+    json: Json = None,
+    out: Out = None,
+) -> records.Record:
+    """Views a second of each loader with its mix, against J and the batch size."""
+    settings = {"batch": batch, "workers": workers, "rounds": rounds, "seconds": seconds}
+    with TemporaryDirectory() as folder:
+        if jpeg:
+            settings["images"] = images
+            batches = ""
+        data = loaders.write_jpegs(Path(folder), images).train if jpeg else _data(root)
+        sheets = loaders.measure(
+            data,
+            views=_numbers(views),
+            batch=batch,
+            batches=_numbers(batches),
+            rounds=rounds,
+            seconds=seconds,
+            device=_device(device),
+            workers=workers,
+        )
+    name, notes = ("loader-jpeg" if jpeg else "loader"), [_warmup(loaders.WARMUP, "batches")]
+    return _leave(records.make_record(name, sheets, settings, notes, _device(device)), json, out)
+
+
+@app.command()
+def mix(
+    device: Device = "cpu",
+    views: Views = "1,2,4,8,16",
+    batch: Batch = 128,
+    rounds: Rounds = 5,
+    seconds: Seconds = 0.1,
+    json: Json = None,
+    out: Out = None,
+) -> records.Record:
+    """Milliseconds and aten calls of the mix alone, on views that are ready."""
+    sheets = mixes.measure(views=_numbers(views), batch=batch, rounds=rounds, seconds=seconds, device=_device(device))
+    settings = {"batch": batch, "rounds": rounds, "seconds": seconds}
+    notes = [*mixes.NOTES, _warmup(mixes.WARMUP, "calls")]
+    return _leave(records.make_record("mix", sheets, settings, notes, _device(device)), json, out)
+
+
+@app.command()
+def step(
+    device: Device = "cpu",
+    root: Root = None,
+    views: Views = "2",
+    network: Network = "resnet32",
+    batch: Batch = 64,
+    rounds: Rounds = 5,
+    seconds: Seconds = 2.0,
+    json: Json = None,
+    out: Out = None,
+) -> records.Record:
+    """A whole training step against one without data, and against the plain way of training peers."""
+    sheets = steps.measure(
+        root=root,
+        data=_data(root),
+        network=network,
+        views=_numbers(views),
+        batch=batch,
+        rounds=rounds,
+        seconds=seconds,
+        device=_device(device),
+    )
+    settings = {"network": network, "batch": batch, "rounds": rounds, "seconds": seconds}
+    notes = [*steps.NOTES, _warmup(steps.WARMUP, "steps")]
+    return _leave(records.make_record("step", sheets, settings, notes, _device(device)), json, out)
 
 
 @app.command("peers")
 def peer_steps(
-    network: str = "resnet32", batch: int = 64, rounds: int = 5, counts: str = "1,2,4,8", out: Json = None
+    device: Device = "cpu",
+    root: Root = None,
+    views: Views = "1,2,4,8,16",
+    network: Network = "resnet32",
+    batch: Batch = 64,
+    rounds: Rounds = 5,
+    seconds: Seconds = 1.0,
+    json: Json = None,
+    out: Out = None,
+) -> records.Record:
+    """Milliseconds of a training step with J peers, and its ratio to J steps of one plain network."""
+    sheets = peers.measure(
+        root=root,
+        network=network,
+        views=_numbers(views),
+        batch=batch,
+        rounds=rounds,
+        seconds=seconds,
+        device=_device(device),
+    )
+    settings = {"network": network, "batch": batch, "rounds": rounds, "seconds": seconds}
+    notes = [*peers.NOTES, _warmup(peers.WARMUP, "steps")]
+    return _leave(records.make_record("peers", sheets, settings, notes, _device(device)), json, out)
+
+
+@app.command("methods")
+def method_steps(
+    device: Device = "cpu",
+    root: Root = None,
+    count: Annotated[int, typer.Option(min=1, help="J; one, okddip and pcl have at least 3, as in their papers")] = 2,
+    network: Network = "resnet32",
+    batch: Batch = 64,
+    rounds: Rounds = 5,
+    seconds: Seconds = 1.0,
+    json: Json = None,
+    out: Out = None,
+) -> records.Record:
+    """Milliseconds of a training step of each method, and its ratio to J steps of one plain network."""
+    sheets = methods.measure(
+        root=root,
+        data=_data(root),
+        network=network,
+        count=count,
+        batch=batch,
+        rounds=rounds,
+        seconds=seconds,
+        device=_device(device),
+    )
+    settings = {"network": network, "batch": batch, "rounds": rounds, "seconds": seconds}
+    notes = [*methods.NOTES, _warmup(methods.WARMUP, "steps")]
+    return _leave(records.make_record("methods", sheets, settings, notes, _device(device)), json, out)
+
+
+@app.command("memory")
+def peer_memory(
+    device: Device = "cpu",
+    root: Root = None,
+    views: Views = "1,2,4,8,16",
+    network: Network = "resnet32",
+    batch: Batch = 64,
+    compile: Annotated[bool, typer.Option(help="compile time too: on a CPU, minutes")] = False,
+    json: Json = None,
+    out: Out = None,
+) -> records.Record:
+    """Peak memory of training J peers, a process each; how long compiling them takes."""
+    sheets = memory.measure(
+        root=root, network=network, views=_numbers(views), batch=batch, device=_device(device), compiled=compile
+    )
+    settings = {"network": network, "batch": batch}
+    notes = [*memory.NOTES, *([memory.COMPILE_NOTE] if compile else [])]
+    return _leave(records.make_record("memory", sheets, settings, notes, _device(device)), json, out)
+
+
+@app.command("all")
+def everything(
+    device: Device = "cpu",
+    root: Root = None,
+    views: Views = "1,2,4,8,16",
+    rounds: Rounds = 5,
+    json: Annotated[Path | None, typer.Option("--json", help="write all records to this file too, as a list")] = None,
+    out: Out = None,
 ) -> None:
-    """Seconds of a whole training step with J peers, and its ratio to J steps with one."""
-    result = peers.step_seconds(network, batch, [int(text) for text in counts.split(",")], rounds)
-    table = Table("J", "ms a step", "/ (J x one baseline)", title=f"{network}, batch {batch}, CutnMix with all losses")
-    for count, (seconds, ratio) in result.items():
-        table.add_row(
-            str(count), f"{1000 * seconds.median:.0f}", f"{ratio.median:.3f} ({ratio.low:.3f}..{ratio.high:.3f})"
-        )
-    _report(table, {"benchmark": "peers", "network": network, "batch": batch, "steps": result}, out)
+    """All of them, with their defaults."""
+    few = ",".join(str(count) for count in _numbers(views) if count <= 4) or views  # a JPEG's view is 600 kB
+    left = [
+        loader(device, root, views, rounds=rounds, out=out),
+        loader(device, views=few, batch=32, jpeg=True, rounds=rounds, out=out),
+        mix(device, views, rounds=rounds, out=out),
+        step(device, root, rounds=rounds, out=out),
+        peer_steps(device, root, views, rounds=rounds, out=out),
+        peer_memory(device, root, views, out=out),
+    ]
+    if json:
+        records.write_json(json, left)
 
 
-def _cell(rate: Spread) -> str:
-    median, low, high = (f"{value / 1000:.0f}" for value in rate[:3])
-    return f"{median}k ({low}..{high})"
+@app.command("tables")
+def write_tables(
+    check: Annotated[bool, typer.Option("--check", help="change nothing; exit 1 if something would change")] = False,
+    readme: Annotated[Path | None, typer.Option(help="the file with the markers: this checkout's")] = None,
+    out: Out = None,
+) -> None:
+    """Make the README's tables from the records: what stands between <!-- bench:NAME --> and <!-- /bench -->."""
+    readme = readme or (checkout() or Path()) / "README.md"
+    old = readme.read_text()
+    try:
+        new = tables.fill(old, records.read_records(_folder(out)))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if old == new:
+        console.print(f"{readme} is as the records have it")
+    elif check:
+        console.print(f"{readme} differs from the records: run cutnmix bench tables")
+        raise typer.Exit(1)
+    else:
+        readme.write_text(new)
+        console.print(f"{readme} written")
 
 
-def _report(table: Table, record: dict[str, Any], out: Path | None) -> None:
-    head = header()
-    for key, value in head.items():
-        console.print(f"{key}: {value}", soft_wrap=True)
-    console.print(table)
-    if out:
-        out.write_text(json.dumps({**head, **record}, indent=2) + "\n")
+def _leave(record: records.Record, json: Path | None, out: Path | None) -> records.Record:
+    """Show a record, and write it and its plot."""
+    folder = _folder(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    records.show(record, console)
+    records.write_json(folder / f"{record['benchmark']}.json", record)
+    plots.draw_record(record, folder / f"{record['benchmark']}.png")
+    if json:
+        records.write_json(json, record)
+    return record
 
 
-app()
+def _folder(out: Path | None) -> Path:
+    root = checkout()
+    return out or (root / "benchmarks" / "results" if root else Path())
+
+
+def _data(root: Path | None) -> Dataset:
+    return (load_splits("cifar100", root, download=False) if root else load_splits("digits")).train
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part]
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is no list of numbers such as 1,2,4") from error
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{name!r} is neither cpu nor cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("torch sees no CUDA device here")
+    return torch.device(name)
+
+
+def _warmup(count: int, what: str) -> str:
+    return f"Warm-up, {what} before each figure that are not counted: {count}."
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m cutnmix.benchmarks")

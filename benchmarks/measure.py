@@ -1,9 +1,13 @@
 """How figures are taken: contenders in turn, round after round, warm-up excluded, medians with their spread."""
 
+import importlib
+import os
+import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from cutnmix.trainer.run import hardware
+
+CPU = torch.device("cpu")
 
 
 class Spread(NamedTuple):
@@ -26,35 +32,118 @@ class Spread(NamedTuple):
         """The spread of at least one value."""
         return cls(statistics.median(values), min(values), max(values), len(values))
 
+    @classmethod
+    def of_ratios(cls, above: list[float], below: list[float]) -> "Spread":
+        """The spread of above / below, round by round: what slows a whole round down cancels."""
+        return cls.of([a / b for a, b in zip(above, below, strict=True)])
 
-def batches_per_s(batches: Iterator[Any], seconds: float, warmup: int = 5) -> float:
-    """Batches a second over about `seconds`, after `warmup` batches."""
+
+class Clock:
+    """Seconds that a device is busy between `start` and `stop`, which waits for it.
+
+    CUDA events on a GPU, which begin when all that came before is done; the host's clock elsewhere.
+    """
+
+    def __init__(self, device: torch.device = CPU):
+        self.device = device
+        self.began: Any = None
+
+    def start(self) -> None:
+        """Begin to count."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.began = torch.cuda.Event(enable_timing=True)
+            self.began.record()
+        else:
+            self.began = time.perf_counter()
+
+    def stop(self) -> float:
+        """Seconds since `start`."""
+        if self.device.type == "cuda":
+            ended = torch.cuda.Event(enable_timing=True)
+            ended.record()
+            ended.synchronize()
+            return self.began.elapsed_time(ended) / 1000
+        return time.perf_counter() - self.began
+
+
+def per_second(call: Callable[[], object], clock: Clock, *, seconds: float, warmup: int) -> float:
+    """Calls a second: after `warmup` calls that are not counted, as many as begin within `seconds`, at least one."""
     for _ in range(warmup):
-        next(batches)
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        next(batches)
-        count += 1
-    return count / (time.perf_counter() - start)
-
-
-def seconds_per_call(call: Callable[[], object], calls: int, warmup: int = 2) -> float:
-    """Median seconds of one call. For work on the CPU: nothing here waits for a GPU."""
-    times = []
-    for _ in range(warmup + calls):
-        start = time.perf_counter()
         call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[warmup:])
+    clock.start()
+    count, end = 0, time.perf_counter() + seconds
+    while not count or time.perf_counter() < end:
+        call()
+        count += 1
+    return count / clock.stop()
 
 
-def header() -> dict[str, str]:
-    """What a figure is worth nothing without: hardware, threads, versions, commit."""
-    names = ("torch", "torchvision", "kornia")
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+def seconds_per_call(
+    call: Callable[[], object], calls: int, warmup: int = 2, device: torch.device | str = "cpu"
+) -> float:
+    """Median seconds of one call of `calls`, each timed alone, after `warmup` calls that are not counted."""
+    clock, times = Clock(torch.device(device)), []
+    for _ in range(warmup):
+        call()
+    for _ in range(calls):
+        clock.start()
+        call()
+        times.append(clock.stop())
+    return statistics.median(times)
+
+
+def in_turn(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Each contender's figure once a round, one after the other: what slows the machine down meets them all."""
+    seen: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, figure in contenders.items():
+            seen[name].append(figure())
+    return seen
+
+
+def installed(library: str) -> bool:
+    """Whether it can be imported here."""
+    try:
+        importlib.import_module(library)
+    except ImportError:
+        return False
+    return True
+
+
+def checkout() -> Path | None:
+    """The root of the checkout that this file is part of; None where the package was installed without one."""
+    root = Path(__file__).resolve().parent.parent
+    return root if (root / "benchmarks" / "results").is_dir() else None
+
+
+def header(device: torch.device = CPU) -> dict[str, Any]:
+    """What a figure is worth nothing without: hardware, threads, versions, commit, date."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "hardware": hardware(torch.device("cpu")),
-        "versions": ", ".join(f"{name} {version(name)}" for name in names),
-        "commit": git.stdout.strip() or "not a git checkout",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "device": device.type,
+        "hardware": hardware(device),
+        "threads": f"{torch.get_num_threads()} of torch, on {cores} cores",
+        "versions": ", ".join([f"Python {platform.python_version()}", *_versions()]),
     }
+
+
+def _versions() -> list[str]:
+    names = {"torch": "torch", "torchvision": "torchvision", "kornia": "kornia", "timm": "timm"}
+    there = [f"{name} {version(package)}" for name, package in names.items() if installed(name)]
+    if installed("nvidia.dali"):  # its package is named after the version of CUDA
+        there.append(f"DALI {importlib.import_module('nvidia.dali').__version__}")
+    return there
+
+
+def _commit() -> str:
+    root = checkout()
+    if root is None:
+        return f"cutnmix {version('cutnmix')}"
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return git.stdout.strip() or "unknown"

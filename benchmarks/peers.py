@@ -1,41 +1,63 @@
 """What J peers cost: a training step with CutnMix and all its losses, beside J steps of one plain network."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 
-from cutnmix.benchmarks.measure import Spread, seconds_per_call
-from cutnmix.trainer.build import build
-from cutnmix.trainer.config import load_config
-from cutnmix.trainer.step import Tally
+import torch
 
+from cutnmix.benchmarks.measure import Clock, Spread, per_second
+from cutnmix.benchmarks.records import Row, Sheet
+from cutnmix.benchmarks.steps import keys, training
 
-def step_seconds(network: str, batch: int, counts: list[int], rounds: int) -> dict[int, tuple[Spread, Spread]]:
-    """J -> (seconds of its step, ratio to J times the step of one baseline network), measured in turn."""
-    baseline = _stepper(network, batch, 1, "method=baseline", "mix=none")
-    steppers = {
-        count: _stepper(network, batch, count, "method=baseline" if count == 1 else "method=cutnmix")
-        for count in counts
-    }
-    seconds: dict[int, list[float]] = {count: [] for count in counts}
-    ratios: dict[int, list[float]] = {count: [] for count in counts}
-    for _ in range(rounds):
-        for count, step in steppers.items():
-            one = seconds_per_call(baseline, calls=5)
-            many = seconds_per_call(step, calls=5)
-            one = (one + seconds_per_call(baseline, calls=5)) / 2  # before and after: the machine's speed drifts
-            seconds[count].append(many)
-            ratios[count].append(many / (count * one))
-    return {count: (Spread.of(seconds[count]), Spread.of(ratios[count])) for count in counts}
+WARMUP = 1  # steps a turn: the data is ready at once
+NOTES = [
+    "Data and update included. J = 1 is the baseline method on CutnMix's batches, beside itself without a mix: its "
+    "spread is the machine's."
+]
 
 
-def _stepper(network: str, batch: int, count: int, *keys: str) -> Callable[[], None]:
-    """A function that does one training step, data and update included, on handwritten digits."""
-    overrides = [f"peers.network={network}", f"peers.count={count}", f"batch_size={batch}", "loader=resident", *keys]
-    parts = build(load_config("quickstart", overrides))
-    plan = parts.plan(0)
-    tally = Tally([])
+def method_of(count: int) -> str:
+    """CutnMix with all its losses; alone, a peer has nobody to learn from."""
+    return "method=cutnmix" if count > 1 else "method=baseline"
 
-    def step() -> None:
-        views = next(iter(parts.loader.epoch(plan)))
-        parts.step.train(parts.learner, views, plan.step(0), tally, lr=0.01, share=1.0, update=True)
 
-    return step
+def measure(
+    *,
+    root: Path | None,
+    network: str,
+    views: list[int],
+    batch: int,
+    rounds: int,
+    seconds: float,
+    device: torch.device,
+) -> list[Sheet]:
+    """Milliseconds of a step against J, and its ratio to J times the step of one plain network, measured in turn."""
+    config, clock = partial(keys, root, network, batch), Clock(device)
+    ms: dict[str, list[float]] = {str(count): [] for count in views}
+    ratio: dict[str, list[float]] = {str(count): [] for count in views}
+    with ExitStack() as stack:
+
+        def enter(count: int, *more: str) -> Callable[[], float]:
+            step = stack.enter_context(training(config(count, device, "loader=resident", *more)))
+            return lambda: 1000 / per_second(step, clock, seconds=seconds, warmup=WARMUP)
+
+        plain = enter(1, "method=baseline", "mix=none")
+        many = {count: enter(count, method_of(count)) for count in views}
+        for figure in (plain, *many.values()):  # what is made at first use
+            figure()
+        for _ in range(rounds):
+            before = plain()  # the machine's speed drifts, so before and after
+            for count, figure in many.items():
+                taken, after = figure(), plain()
+                ms[str(count)].append(taken)
+                ratio[str(count)].append(taken / (count * (before + after) / 2))
+                before = after
+    title = f"{network}, batch {batch}, CutnMix with all losses"
+    times: Row = {count: Spread.of(values) for count, values in ms.items()}
+    ratios: Row = {count: Spread.of(values) for count, values in ratio.items()}
+    return [
+        Sheet(f"A training step of J peers, {title}", "ms", "J", {"cutnmix": times}),
+        Sheet("The same / (J x a plain step of one network)", "ratio", "J", {"cutnmix": ratios}),
+    ]

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tasks import B, D, E, EPOCHS, K, N, build, make_batch, make_outputs, make_peers, make_task
+from tasks import EPOCHS, B, D, E, K, N, build, make_batch, make_outputs, make_peers, make_task
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -14,7 +14,11 @@ from cutnmix.trainer.cli import main
 from cutnmix.trainer.folder import RunFolder
 from cutnmix.trainer.methods import METHODS
 
-NEEDS_TEACHER = {"kd": ["method.teacher={teacher}"], "tf_kd": ["method.variant=self", "method.teacher={teacher}"]}
+KEYS = {
+    "kd": ["method.teacher={teacher}"],
+    "tf_kd": ["method.variant=self", "method.teacher={teacher}"],
+    "ps_kd": ["method.alpha_T=0.2"],  # of two epochs: with 0.8 most of the second's targets are its own predictions
+}
 STATEFUL = [("ps_kd", []), ("one", []), ("okddip", []), ("pcl", []), ("kdcl", ["method.variant=general"])]
 
 
@@ -29,7 +33,7 @@ def keys(name: str, teacher: Path | None = None) -> list[str]:
     needs = METHODS[name].needs
     mix = "none" if "cutnmix" in needs.refuses else "cutnmix"
     form = needs.form or "nets"
-    own = [key.format(teacher=teacher) for key in NEEDS_TEACHER.get(name, [])]
+    own = [key.format(teacher=teacher) for key in KEYS.get(name, [])]
     return [f"method={name}", *own, f"mix={mix}", f"peers.count={max(2, needs.min_peers)}", f"peers.form={form}"]
 
 
@@ -46,7 +50,14 @@ def teacher(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_two_epochs_on_digits_lower_the_loss(name, teacher, tmp_path, monkeypatch):
-    size = ["epochs=2", "data.images_per_class=30", "batch_size=30", "schedule=constant", "loader=resident"]
+    size = [
+        "epochs=2",
+        "data.images_per_class=50",
+        "batch_size=20",
+        "optimizer.lr=0.02",
+        "schedule=constant",
+        "loader=resident",
+    ]
     train(monkeypatch, "quickstart", *keys(name, teacher), *size, f"runs={tmp_path}", "name=run")
     folder = RunFolder(tmp_path / "run")
     first, last = [record for record in folder.records() if record["kind"] == "train"]
@@ -57,17 +68,16 @@ def test_two_epochs_on_digits_lower_the_loss(name, teacher, tmp_path, monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "more"), STATEFUL, ids=[name for name, _ in STATEFUL])
-def test_a_method_with_memory_killed_at_random_moments_ends_the_same(name, more, tmp_path):
+def test_a_method_with_memory_killed_at_a_random_moment_ends_the_same(name, more, tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     overrides = [*keys(name), *more, "loader=resident"]
     assert start(straight, *overrides).wait() == 0
     rng = random.Random(name)
-    for kill_after in sorted(rng.sample(range(1, steps_on_record(straight)), 2)):
-        process = start(broken, *overrides)
-        wait_for_step(process, broken, kill_after)
-        time.sleep(rng.random() * 0.2)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    process = start(broken, *overrides)
+    wait_for_step(process, broken, rng.randrange(1, steps_on_record(straight)))
+    time.sleep(rng.random() * 0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     assert start(broken, *overrides).wait() == 0
     assert_same(final_state(broken), final_state(straight))
     assert comparable_records(broken) == comparable_records(straight)

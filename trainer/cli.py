@@ -1,4 +1,4 @@
-"""The command line: cutnmix train | evaluate | report | export | models."""
+"""The command line: cutnmix train | evaluate | report | export | models | methods | bench."""
 
 import signal
 import sys
@@ -118,6 +118,30 @@ def models(
     if not console.is_terminal:
         console.width = sys.maxsize  # in a file or a pipe, a row is a line
     console.print(table)
+
+
+@app.command()
+def methods(
+    network: Annotated[str, typer.Option(help="of all peers, as in cutnmix models")] = "resnet20",
+    peers: Annotated[int, typer.Option(min=1, help="J, or as many as a method needs")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="of each method, timed in turn with the baseline")] = 5,
+    cost: Annotated[bool, typer.Option(help="measure what a step costs: a minute or two")] = True,
+):
+    """List the methods: what each needs, its keys, what it remembers of CIFAR-100, what a step of it costs here."""
+    from cutnmix.trainer.overview import make_table, overview
+
+    console = Display().console
+    if not console.is_terminal:
+        console.width = sys.maxsize  # in a file or a pipe, a row is a line
+    console.print(make_table(overview(network, peers, steps if cost else 0)))
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context):
+    """Measure what things cost here: loader, mix, step, peers, memory or all. See cutnmix bench --help."""
+    from cutnmix.benchmarks.__main__ import app as benchmarks  # it imports all that it compares with
+
+    benchmarks(context.args, prog_name="cutnmix bench")
 
 
 def main() -> None:

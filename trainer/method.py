@@ -1,7 +1,7 @@
 """The contract between a method and the rest: what it may ask for, what it is built for, what it answers."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -41,7 +41,7 @@ class Method(Protocol):
 
     needs: Needs
 
-    def __init__(self, task: Task, **keys: Any) -> None: ...
+    def __init__(self, task: Task) -> None: ...
 
     def forward(self, outputs: Outputs, batch: Batch, peers: Peers) -> dict[str, Tensor]:
         """Named scalar losses, already weighted; the step adds them up and calls backward once.

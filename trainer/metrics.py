@@ -42,8 +42,9 @@ def evaluate(
         log_prob_JBK = outputs.logits_JBK.float().log_softmax(-1)
         log_probs = {f"peer{j}": log_prob_BK for j, log_prob_BK in enumerate(log_prob_JBK)}
         log_probs["ensemble"] = log_prob_JBK.logsumexp(0) - math.log(len(log_prob_JBK))
-        for name, logits_BK in learner.method.predictions(outputs, batch).items():
-            log_probs[name] = logits_BK.float().log_softmax(-1)
+        with step.autocast():
+            others = learner.method.predictions(outputs, batch)
+        log_probs |= {name: logits_BK.float().log_softmax(-1) for name, logits_BK in others.items()}
         for name, log_prob_BK in log_probs.items():
             if name not in metrics:
                 metrics[name] = _metrics(num_classes, log_prob_BK.device)

@@ -82,16 +82,17 @@ class Step:
     def predict(self, learner: Learner, views: Views, draws: Draws) -> tuple[Batch, Outputs]:
         """One batch through the mix and the peers."""
         batch = self.mix(views, draws)
-        with self._autocast():
+        with self.autocast():
             return batch, learner.peers(batch.image_VBCHW)
 
     def forward(self, learner: Learner, views: Views, draws: Draws) -> tuple[Batch, Outputs, dict[str, Tensor]]:
         """One batch through the mix, the peers and the method. The losses are float32 whatever autocast does."""
         batch, outputs = self.predict(learner, views, draws)
-        with self._autocast():
+        with self.autocast():
             return batch, outputs, learner.method(outputs, batch, learner.peers)
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """The context of all forwards."""
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def train(

@@ -25,13 +25,13 @@ its name, shaoeric/Online-Knowledge-Distillation-via-Collaborative-Learning, is 
 - linear solves per image: its formula is stated for one image's logits, and so each target is at least as good as that
   of naive, which picks one corner of the same simplex per image. See `linear` for how exactly.
 - Peers are judged, combined and measured at temperature 1; the KL alone softens.
-- general: `holdout` of the training images, at least one, drawn once, stand for the paper's validation split. They weigh
-  nothing in any loss, and the losses are means over the rest. They are seen as all others are, distorted and with batch
-  norm in training mode, and batch norm's statistics see them. Under a mix their pixels still reach training, pasted into
+- general: `holdout` of the training images, at least one, drawn once, stand for the paper's validation split. They
+  weigh nothing in any loss, and the losses are means over the rest. They are seen as all others are, distorted and with
+  batch norm in training mode, and its statistics see them. Under a mix their pixels still reach training, pasted into
   others: C is a clean measure with `mix: none` alone.
-- general: until the first epoch has ended, and after an epoch without any held-out image, the weights stay as they were,
-  at first 1 / J. C + 0.001 (mean of its diagonal) I is inverted instead of C, which is singular for equal peers. Weights
-  < 0, which would make probs < 0, are set to 0 and the rest scaled to sum to 1.
+- general: until the first epoch has ended, and after an epoch without any held-out image, the weights stay as they
+  were, at first 1 / J. C + 0.001 (mean of its diagonal) I is inverted instead of C, which is singular for equal peers.
+  Weights < 0, which would make probs < 0, are set to 0 and the rest scaled to sum to 1.
 """
 
 from collections.abc import Callable
@@ -98,7 +98,7 @@ def mean(logits_JBK: Tensor, target_BK: Tensor) -> Tensor:
 
 
 def general(logits_JBK: Tensor, weight_J: Tensor) -> Tensor:
-    """log sum_i w_i softmax(z^i) (B, K), w on the simplex."""
+    """Log sum_i w_i softmax(z^i) (B, K), w on the simplex."""
     return (weight_J.log()[:, None, None] + log_probs(logits_JBK)).logsumexp(0)
 
 
@@ -188,7 +188,7 @@ class KDCL(nn.Module):
         """Both are sums over peers, and with z^t detached peer j gets exactly the gradient of L^j."""
         logits_JBK, target_LBK = at_least_float32(outputs.logits_JBK), batch.target_LBK
         known_JBK, target_BK = logits_JBK.detach(), target_LBK.mean(0)
-        trained_B1, scale = None, 1.0
+        trained_B1, scale = None, 1.0  # all images, alike
         if self.holdout:
             held_out_B1 = self.held_out_N[batch.index_B][:, None]
             if self.training:

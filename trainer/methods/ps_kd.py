@@ -17,6 +17,7 @@ gave: of the image as it was distorted then, in training mode, in float32, held 
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
@@ -55,7 +56,9 @@ class PSKD(nn.Module):
 
     def target(self, target_LBK: Tensor, batch: Batch) -> Tensor:
         """(1 - alpha_t) y + alpha_t p (J, B, K), or y where there is no p yet."""
-        past_JBK = self.past_JNK.index_select(1, batch.index_B)
+        # By embedding, whose result torch.compile keeps: where N <= 4 B, it would read an index again in the backward
+        # graph, when the table has been written over (pytorch#197039).
+        past_JBK = torch.stack([embedding(batch.index_B, past_NK) for past_NK in self.past_JNK])
         seen_JB1 = past_JBK.sum(-1, keepdim=True) > 0
         share_JB1 = self.alpha_T * (batch.epoch.floor() + 1) / self.epochs * seen_JB1.to(past_JBK.dtype)
         return (1 - share_JB1) * target_LBK + share_JB1 * past_JBK
