@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import tasks
 import torch
 from rich.console import Console
 from safetensors import safe_open
@@ -266,16 +267,21 @@ class Tiny(nn.Module):
         return self.head(feature_BD), feature_BD
 
 
+MIXES = ["none", "cutmix", "cutnmix", "mixup", "cutout"]
+# Every method with every mix that it takes; views and loaders in turn.
 COMBINATIONS = [
-    (*keys, ["dali", "resident"][i % 2])
-    for i, keys in enumerate(product(["shared", "per_peer"], ["none", "cutmix", "cutnmix"], METHODS))
+    (["shared", "per_peer"][i % 2], mix, method, ["dali", "resident"][i // 2 % 2])
+    for i, (mix, method) in enumerate(product(MIXES, METHODS))
+    if mix not in METHODS[method].needs.refuses
 ]
+OWN_SCORES = {"kd": {"teacher"}, "one": {"teacher"}, "okddip": {"leader"}, "cutnmix": {"teacher"}}
+OWN_SCORES["pcl"] = {"teacher", "mean_teacher0", "mean_teacher1"}
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """A tiny network and no pictures."""
-    monkeypatch.setitem(NETWORKS, "tiny", Tiny)
+    monkeypatch.setitem(NETWORKS, "tiny", tasks.tiny)
     monkeypatch.setattr(run, "draw_batch", lambda *_, **__: None)
     monkeypatch.setattr(run, "draw_curves", lambda *_: None)
 
@@ -284,12 +290,17 @@ def quick(monkeypatch):
 def test_every_combination_of_views_mix_and_method_trains(views, mix, method, loader, quick, tmp_path):
     keys = [f"views={views}", f"mix={mix}", f"method={method}", f"loader={loader}", f"runs={tmp_path}"]
     size = ["data.classes=3", "data.images_per_class=7", "batch_size=8", "peers.network=tiny", "epochs=1"]
+    if METHODS[method].needs.form:
+        keys.append(f"peers.form={METHODS[method].needs.form}")
+    if method == "kd":
+        keys.append(f"method.teacher={tasks.save_network(tmp_path / 'teacher.safetensors', num_classes=3)}")
     config = load_config("quickstart", [*size, *keys])
     result = run.train(config)
     assert result["steps"] == 3
     records = RunFolder(config.folder).records()
     assert records[0]["loss"]["total"] > 0
-    assert ("teacher" in result["last_epoch"]["scores"]) == (method == "cutnmix")
+    every = {"peer0", "peer1", "mean", "best_peer", "ensemble"}
+    assert result["last_epoch"]["scores"].keys() == every | OWN_SCORES.get(method, set())
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_name(quick, tmp_path):

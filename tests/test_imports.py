@@ -34,7 +34,8 @@ def test_a_folder_imports_only_what_stands_before_it(folder):
     files = list((ROOT / folder).rglob("*.py"))
     assert files
     for path in files:
-        assert folders_imported(path) <= {folder} | MAY_IMPORT[folder], path
+        door = {"benchmarks"} if path == ROOT / "trainer" / "cli.py" else set()  # `cutnmix bench`: the door to all
+        assert folders_imported(path) <= {folder} | MAY_IMPORT[folder] | door, path
 
 
 def test_every_code_folder_is_covered():

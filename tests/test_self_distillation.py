@@ -434,6 +434,7 @@ def test_only_kd_takes_a_teacher_of_another_network(tmp_path):
         (lambda _: "", "method.teacher must be a finished run's folder or a .safetensors file, got ''"),
         (lambda path: path / "x", "x is not there"),
         (lambda path: path, "has no peers/peer0.safetensors: it is no run, or one that has not ended"),
+        (lambda path: save_network(path / "export/peer0.safetensors").parents[1], "has no peers/peer0.safetensors"),
         (lambda path: _broken(path), "cannot be read as a .safetensors file"),
         (lambda path: _bare(path), "does not say what it is: its metadata lack network, num_classes"),
         (lambda path: save_network(path / "x", num_classes=7), f"tells 7 classes apart, not {K}"),

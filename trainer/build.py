@@ -181,7 +181,8 @@ def _learner(config: Config, train: Dataset, setting: Setting) -> Learner:
         raise ConfigError(str(error)) from error
     peers, method = peers.to(setting.device), method.to(setting.device)
     if config.channels_last:
-        peers.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in torch's stub)
+        for module in (peers, method):  # a method may hold networks: a teacher, moving averages
+            module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in torch's stub)
     optimizer = torch.optim.SGD(
         [p for p in (*peers.parameters(), *method.parameters()) if p.requires_grad],
         lr=config.optimizer.lr,

@@ -11,7 +11,7 @@ from cutnmix.trainer.folder import RunFolder
 
 Scores = dict[str, dict[str, float]]  # as cutnmix.trainer.metrics.evaluate returns them
 
-_ORDER = ("mean", "best_peer", "ensemble", "teacher")
+_FIRST = ("mean", "best_peer", "ensemble")  # then what else the method predicts by
 
 
 class Display:
@@ -70,7 +70,7 @@ class Display:
 
     def scores(self, epoch: int, scores: Scores) -> None:
         """One line for one evaluation."""
-        parts = [f"{name.replace('_', ' ')} {scores[name]['top1']:.2f}" for name in _ORDER if name in scores]
+        parts = [f"{name.replace('_', ' ')} {scores[name]['top1']:.2f}" for name in (*_FIRST, *_own(scores))]
         width = len(str(self._epochs))
         self.note(f"epoch {epoch:{width}}/{self._epochs}  top-1 %: {', '.join(parts)}")
 
@@ -86,7 +86,7 @@ class Display:
         for column in table.columns[1:]:
             column.justify = "right"
         peers = sorted((name for name in scores if name[4:].isdigit()), key=lambda name: int(name[4:]))
-        for name in ("mean", *peers, *(name for name in _ORDER[1:] if name in scores)):
+        for name in ("mean", *peers, *_FIRST[1:], *_own(scores)):
             score = scores[name]
             cells = (f"{score['top1']:.2f}", f"{score['top5']:.2f}", f"{score['nll']:.3f}", f"{score['ece']:.2f}")
             table.add_row(name.replace("_", " "), *cells, style="bold" if name == "mean" else "")
@@ -97,3 +97,8 @@ class Display:
         """The table of the last epoch, and where to look."""
         self.table(f"{folder.path}, last epoch", result["last_epoch"]["scores"])
         self.note(f"curves: {folder.curves}   one batch: {folder.batch}   all numbers: {folder.result}")
+
+
+def _own(scores: Scores) -> list[str]:
+    """The method's own predictions: a teacher, a leader."""
+    return [name for name in scores if name not in _FIRST and not name[4:].isdigit()]

@@ -22,7 +22,6 @@ Source: the paper and the authors' DefangChen/OKDDip. Readings and deviations:
 
 from math import inf
 
-import torch
 from torch import Tensor, nn
 
 from cutnmix.models.peers import Outputs, Peers
@@ -74,14 +73,15 @@ class OKDDip(nn.Module):
             logits_JBK = at_least_float32(outputs.logits_JBK)
             own_ABK, leader_BK = logits_JBK[:-1], logits_JBK[-1]
             source_ABK = own_ABK.detach() if self.detach_logits else own_ABK
-            target_ABK = torch.einsum("bac,cbk->abk", self.attention(outputs.features[:-1]), source_ABK)
+            share_AAB = self.attention(outputs.features[:-1]).permute(1, 2, 0)
+            target_ABK = (share_AAB[..., None] * source_ABK).sum(1)  # no matmul: autocast would lower it
             ramp = self.weight * ramp_up(batch.epoch, self.ramp_epochs)
             losses["peer_kl"] = ramp * self._kl(target_ABK, own_ABK).sum()
             losses["leader_kl"] = ramp * self._kl(source_ABK.mean(0), leader_BK)
         return losses
 
     def attention(self, features: tuple[Tensor, ...]) -> Tensor:
-        """A (B, m - 1, m - 1) of the auxiliary peers' features; rows sum to 1. float32."""
+        """A (B, m - 1, m - 1) of the auxiliary peers' features; rows sum to 1. At least float32."""
         assert self.projection is not None and self.query is not None and self.key is not None
         feature_BAD = at_least_float32(self.projection(features)).transpose(0, 1)
         query_BAE, key_BAE = at_least_float32(self.query(feature_BAD)), at_least_float32(self.key(feature_BAD))

@@ -13,7 +13,9 @@ Distillation. Readings and deviations:
 - Mean teacher k sees the view of peer k. It is in train mode while the peers train, and its batch norms keep running
   statistics of their own: only parameters are averaged. Evaluation uses those statistics.
 - The average is taken at the beginning of a step, of the weights that the last step left. So the mean teachers that are
-  evaluated or saved are one update behind the peers.
+  evaluated or saved are one update behind the peers. Up to step 1 / (1 - decay) it is the plain mean of all weights so
+  far, the initial ones among them, which the reimplementation forgets at once.
+- Every batch counts as a step, also where `optimizer.accumulate` makes one update of several.
 - The paper has three branches on one trunk with a view each (`peers.form: branches`, `views: per_peer`); whole networks
   work as well.
 - The reimplementation divides the epoch by the weight instead of by 80, which keeps w near 0 and then at 1. Not here.
@@ -30,6 +32,18 @@ from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl, log_probs, ramp_up
 from cutnmix.trainer.method import Needs, Task
+
+
+def others_kl(teacher_JBK: Tensor, student_JBK: Tensor, temperature: float) -> Tensor:
+    """T^2 / (J - 1) sum_{k != j} mean_b KL(softmax(t_k / T) || softmax(s_j / T)), t detached; returns (J,). J >= 2.
+
+    As losses.mutual_kl through sums over peers, with teachers that are not the students.
+    """
+    log_t_JBK = log_probs(teacher_JBK.detach(), temperature)
+    t_JBK, log_s_JBK = log_t_JBK.exp(), log_probs(student_JBK, temperature)
+    negentropy_JB = (t_JBK * log_t_JBK).sum(-1)
+    kl_JB = (negentropy_JB.sum(0) - negentropy_JB) - ((t_JBK.sum(0) - t_JBK) * log_s_JBK).sum(-1)
+    return temperature**2 / (len(student_JBK) - 1) * kl_JB.mean(-1)
 
 
 class PCL(nn.Module):
@@ -93,9 +107,13 @@ class PCL(nn.Module):
     def _follow(self, peers: Peers) -> None:
         """theta~ <- a theta~ + (1 - a) theta; at the first step a = 0."""
         assert self.mean_teachers is not None
-        share = (1 / (self.step + 1)).clamp(min=1 - self.decay).float()  # 1 - a
-        for mean, own in zip(self.mean_teachers.parameters(), peers.parameters(), strict=True):
-            mean.lerp_(own.to(mean.dtype), share)
+        means: list[Tensor] = [*self.mean_teachers.parameters()]
+        weights: list[Tensor] = [*peers.parameters()]
+        share = (1 / (self.step + 1)).clamp(min=1 - self.decay).to(means[0].dtype)  # 1 - a
+        # A few kernels for all tensors, not one each; _foreach_lerp_ would read `share` back to the host.
+        way = torch._foreach_sub(weights, means)
+        torch._foreach_mul_(way, share)
+        torch._foreach_add_(means, way)
         self.step += 1
 
     def teacher(self, outputs: Outputs) -> Tensor:
@@ -106,18 +124,7 @@ class PCL(nn.Module):
         """{"teacher", "mean_teacher0", "mean_teacher1", ...}; the paper reports the first mean teacher."""
         made = {"teacher": self.teacher(outputs)}
         if self.mean_teachers is not None:
-            mean_JBK = self.mean_teachers(batch.image_VBCHW).logits_JBK
+            image_VBCHW = at_least_float32(batch.image_VBCHW)  # which needs no autocast around this
+            mean_JBK = self.mean_teachers(image_VBCHW).logits_JBK
             made |= {f"mean_teacher{j}": mean_BK for j, mean_BK in enumerate(mean_JBK)}
         return made
-
-
-def others_kl(teacher_JBK: Tensor, student_JBK: Tensor, temperature: float) -> Tensor:
-    """T^2 / (J - 1) sum_{k != j} mean_b KL(softmax(t_k / T) || softmax(s_j / T)), t detached; returns (J,). J >= 2.
-
-    As losses.mutual_kl through sums over peers, with teachers that are not the students.
-    """
-    log_t_JBK = log_probs(teacher_JBK.detach(), temperature)
-    t_JBK, log_s_JBK = log_t_JBK.exp(), log_probs(student_JBK, temperature)
-    negentropy_JB = (t_JBK * log_t_JBK).sum(-1)
-    kl_JB = (negentropy_JB.sum(0) - negentropy_JB) - ((t_JBK.sum(0) - t_JBK) * log_s_JBK).sum(-1)
-    return temperature**2 / (len(student_JBK) - 1) * kl_JB.mean(-1)
