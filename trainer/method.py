@@ -1,6 +1,7 @@
 """The contract between a method and the rest: what it may ask for, what it is built for, what it answers."""
 
 from collections.abc import Mapping
+from math import inf
 from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
@@ -29,6 +30,20 @@ class Task(NamedTuple):
     num_images: int  # N of the training set
     epochs: int
     peers: Peers | None  # with their initial weights; only for a method that copies them
+
+
+def positive(**keys: float) -> None:
+    """Refuse a key under `method` that is not > 0 and finite, with a ValueError that names it."""
+    for key, value in keys.items():
+        if not 0 < value < inf:
+            raise ValueError(f"method.{key} must be > 0 and finite, got {value}")
+
+
+def not_negative(**keys: float) -> None:
+    """Refuse a key under `method` that is not >= 0 and finite, with a ValueError that names it."""
+    for key, value in keys.items():
+        if not 0 <= value < inf:
+            raise ValueError(f"method.{key} must be >= 0 and finite, got {value}")
 
 
 class Method(Protocol):

@@ -15,15 +15,13 @@ Deviations and readings:
 - Any J: each peer learns from itself alone.
 """
 
-from math import inf
-
 import torch
 from torch import Tensor, nn
 
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import cross_entropy, kl
-from cutnmix.trainer.method import Needs, Task
+from cutnmix.trainer.method import Needs, Task, not_negative, positive
 
 MIXED = "a mixed image has no one class that another image could be drawn from"
 
@@ -42,10 +40,8 @@ class CSKD(nn.Module):
 
     def __init__(self, task: Task, *, temperature: float = 4.0, weight: float = 1.0) -> None:
         super().__init__()
-        if not 0 < temperature < inf:
-            raise ValueError(f"method.temperature must be > 0 and finite, got {temperature}")
-        if not 0 <= weight < inf:
-            raise ValueError(f"method.weight must be >= 0 and finite, got {weight}")
+        positive(temperature=temperature)
+        not_negative(weight=weight)
         self.temperature, self.weight = temperature, weight
 
     def forward(self, outputs: Outputs, batch: Batch, peers: Peers) -> dict[str, Tensor]:

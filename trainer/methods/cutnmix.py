@@ -26,15 +26,13 @@ Source: the paper; no code of its authors is public. Where it leaves a choice, o
 - One optimizer steps peers and teacher together. As no gradient crosses, that equals one optimizer each.
 """
 
-from math import inf
-
 import torch
 from torch import Tensor, nn
 
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl, mmd, mutual_kl
-from cutnmix.trainer.method import Needs, Task
+from cutnmix.trainer.method import Needs, Task, not_negative, positive
 from cutnmix.trainer.projection import Projection
 
 
@@ -61,11 +59,8 @@ class CutnMixDistillation(nn.Module):
         feature_dim: int | None = None,
     ) -> None:
         super().__init__()
-        if not 0 < temperature < inf:
-            raise ValueError(f"method.temperature must be > 0 and finite, got {temperature}")
-        for key, weight in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
-            if not 0 <= weight < inf:
-                raise ValueError(f"method.{key} must be >= 0 and finite, got {weight}")
+        positive(temperature=temperature)
+        not_negative(alpha=alpha, beta=beta, gamma=gamma)
         self.temperature = temperature
         self.alpha, self.beta, self.gamma = alpha if tau2 else alpha / temperature**2, beta, gamma
         self.mmd_detach, self.pt_grad_to_peers = mmd_detach, pt_grad_to_peers

@@ -22,15 +22,13 @@ reimplementation youngerous/ddgsd-pytorch. Deviations and readings:
 - Any J: each peer learns from itself alone.
 """
 
-from math import inf
-
 import torch
 from torch import Tensor, nn
 
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import cross_entropy, kl, mmd
-from cutnmix.trainer.method import Needs, Task
+from cutnmix.trainer.method import Needs, Task, not_negative, positive
 
 
 class DDGSD(nn.Module):
@@ -45,11 +43,8 @@ class DDGSD(nn.Module):
         self, task: Task, *, temperature: float = 3.0, kl_weight: float = 1.0, mmd_weight: float = 5e-4
     ) -> None:
         super().__init__()
-        if not 0 < temperature < inf:
-            raise ValueError(f"method.temperature must be > 0 and finite, got {temperature}")
-        for key, weight in (("kl_weight", kl_weight), ("mmd_weight", mmd_weight)):
-            if not 0 <= weight < inf:
-                raise ValueError(f"method.{key} must be >= 0 and finite, got {weight}")
+        positive(temperature=temperature)
+        not_negative(kl_weight=kl_weight, mmd_weight=mmd_weight)
         self.temperature, self.kl_weight, self.mmd_weight = temperature, kl_weight, mmd_weight
 
     def forward(self, outputs: Outputs, batch: Batch, peers: Peers) -> dict[str, Tensor]:

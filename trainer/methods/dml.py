@@ -15,14 +15,12 @@ Source: the paper and the authors' YingZhangDUT/Deep-Mutual-Learning. Deviations
 - No epsilon within the logarithm: log-softmax needs none.
 """
 
-from math import inf
-
 from torch import Tensor, nn
 
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import cross_entropy, mutual_kl
-from cutnmix.trainer.method import Needs, Task
+from cutnmix.trainer.method import Needs, Task, not_negative, positive
 
 
 class DML(nn.Module):
@@ -35,10 +33,8 @@ class DML(nn.Module):
 
     def __init__(self, task: Task, *, temperature: float = 1.0, alpha: float = 1.0) -> None:
         super().__init__()
-        if not 0 < temperature < inf:
-            raise ValueError(f"method.temperature must be > 0 and finite, got {temperature}")
-        if not 0 <= alpha < inf:
-            raise ValueError(f"method.alpha must be >= 0 and finite, got {alpha}")
+        positive(temperature=temperature)
+        not_negative(alpha=alpha)
         self.temperature, self.alpha = temperature, alpha
 
     def forward(self, outputs: Outputs, batch: Batch, peers: Peers) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ HobbitLong/RepDistiller and its tables. Readings:
 - Its weights are in every checkpoint, but its file is read again when the run is resumed or evaluated.
 """
 
-from math import inf
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from cutnmix.models.peers import Outputs, Peers
 from cutnmix.models.saved import Frozen, load_network
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl
-from cutnmix.trainer.method import Needs, Task
+from cutnmix.trainer.method import Needs, Task, positive
 
 
 class KD(nn.Module):
@@ -39,8 +38,7 @@ class KD(nn.Module):
         self, task: Task, *, teacher: str = "", teacher_peer: int = 0, temperature: float = 4.0, alpha: float = 0.9
     ) -> None:
         super().__init__()
-        if not 0 < temperature < inf:
-            raise ValueError(f"method.temperature must be > 0 and finite, got {temperature}")
+        positive(temperature=temperature)
         if not 0 <= alpha <= 1:
             raise ValueError(f"method.alpha must be between 0 and 1, got {alpha}")
         self.temperature, self.alpha = temperature, alpha

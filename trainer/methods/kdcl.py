@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl, log_probs
-from cutnmix.trainer.method import Needs, Task
+from cutnmix.trainer.method import Needs, Task, not_negative, positive
 
 PAIR_STEPS = 8  # of `linear` for every peer beyond the second
 HALVINGS = 16
@@ -161,10 +161,8 @@ class KDCL(nn.Module):
             temperature = 4.0 if variant == "mean" else 3.0
         if weight is None:
             weight = 0.5 if variant == "mean" else 1.0
-        if not 0 < temperature < inf:
-            raise ValueError(f"method.temperature must be > 0 and finite, got {temperature}")
-        if not 0 <= weight < inf:
-            raise ValueError(f"method.weight must be >= 0 and finite, got {weight}")
+        positive(temperature=temperature)
+        not_negative(weight=weight)
         if variant == "mean" and weight > 1:
             raise ValueError(f"method.weight must be <= 1 under method.variant: mean, got {weight}")
         if not 0 <= holdout < 1:

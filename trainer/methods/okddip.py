@@ -20,14 +20,12 @@ Source: the paper and the authors' DefangChen/OKDDip. Readings and deviations:
 - No epsilon within the logarithm: log-softmax needs none.
 """
 
-from math import inf
-
 from torch import Tensor, nn
 
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, log_probs, ramp_up
-from cutnmix.trainer.method import Needs, Task
+from cutnmix.trainer.method import Needs, Task, not_negative, positive
 from cutnmix.trainer.projection import Projection
 
 
@@ -51,11 +49,8 @@ class OKDDip(nn.Module):
         feature_dim: int | None = None,
     ) -> None:
         super().__init__()
-        if not 0 < temperature < inf:
-            raise ValueError(f"method.temperature must be > 0 and finite, got {temperature}")
-        for key, value in (("weight", weight), ("ramp_epochs", ramp_epochs)):
-            if not 0 <= value < inf:
-                raise ValueError(f"method.{key} must be >= 0 and finite, got {value}")
+        positive(temperature=temperature)
+        not_negative(weight=weight, ramp_epochs=ramp_epochs)
         self.temperature, self.weight, self.ramp_epochs = temperature, weight, ramp_epochs
         self.detach_logits = detach_logits
         self.projection = self.query = self.key = None

@@ -16,14 +16,12 @@ Source: the paper and the authors' Lan1991Xu/ONE_NeurIPS2018. Readings and devia
 - The heads are those of the base network; the copy in OKDDip gives VGG's branches a dropout that the base lacks.
 """
 
-from math import inf
-
 from torch import Tensor, nn
 
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl, ramp_up
-from cutnmix.trainer.method import Needs, Task
+from cutnmix.trainer.method import Needs, Task, not_negative, positive
 
 
 class ONE(nn.Module):
@@ -36,11 +34,8 @@ class ONE(nn.Module):
 
     def __init__(self, task: Task, *, temperature: float = 3.0, weight: float = 1.0, ramp_epochs: float = 80.0) -> None:
         super().__init__()
-        if not 0 < temperature < inf:
-            raise ValueError(f"method.temperature must be > 0 and finite, got {temperature}")
-        for key, value in (("weight", weight), ("ramp_epochs", ramp_epochs)):
-            if not 0 <= value < inf:
-                raise ValueError(f"method.{key} must be >= 0 and finite, got {value}")
+        positive(temperature=temperature)
+        not_negative(weight=weight, ramp_epochs=ramp_epochs)
         assert task.trunk_dim is not None  # `needs` says branches
         self.temperature, self.weight, self.ramp_epochs = temperature, weight, ramp_epochs
         self.gate = nn.Sequential(nn.Linear(task.trunk_dim, task.J), nn.BatchNorm1d(task.J), nn.ReLU())

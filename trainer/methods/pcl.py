@@ -23,7 +23,6 @@ Distillation. Readings and deviations:
 """
 
 import copy
-from math import inf
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl, log_probs, ramp_up
-from cutnmix.trainer.method import Needs, Task
+from cutnmix.trainer.method import Needs, Task, not_negative, positive
 
 
 def others_kl(teacher_JBK: Tensor, student_JBK: Tensor, temperature: float) -> Tensor:
@@ -67,11 +66,8 @@ class PCL(nn.Module):
         ramp_epochs: float = 80.0,
     ) -> None:
         super().__init__()
-        if not 0 < temperature < inf:
-            raise ValueError(f"method.temperature must be > 0 and finite, got {temperature}")
-        for key, value in (("en_weight", en_weight), ("mean_weight", mean_weight), ("ramp_epochs", ramp_epochs)):
-            if not 0 <= value < inf:
-                raise ValueError(f"method.{key} must be >= 0 and finite, got {value}")
+        positive(temperature=temperature)
+        not_negative(en_weight=en_weight, mean_weight=mean_weight, ramp_epochs=ramp_epochs)
         if not 0 <= decay < 1:
             raise ValueError(f"method.decay must be >= 0 and < 1, got {decay}")
         self.temperature, self.en_weight, self.mean_weight = temperature, en_weight, mean_weight

@@ -24,7 +24,7 @@ CIFAR-100 are the defaults. Deviations and readings:
 - self: the teacher is a peer of another run, see kd.py. One for all peers, so they must be of its network.
 """
 
-from math import exp, inf
+from math import exp
 from typing import Literal
 
 import torch
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import cross_entropy, kl, log_probs
-from cutnmix.trainer.method import Needs, Task
+from cutnmix.trainer.method import Needs, Task, not_negative, positive
 from cutnmix.trainer.methods.kd import load_teacher, teacher_logits
 
 
@@ -84,12 +84,10 @@ class TfKD(nn.Module):
             temperature = 20.0 if variant == "reg" else 6.0
         if alpha is None:
             alpha = 0.1 if variant == "reg" else 0.95
-        if not 0 < temperature < inf:
-            raise ValueError(f"method.temperature must be > 0 and finite, got {temperature}")
+        positive(temperature=temperature)
         if not 0 <= alpha <= 1:
             raise ValueError(f"method.alpha must be between 0 and 1, got {alpha}")
-        if not 0 <= multiplier < inf:
-            raise ValueError(f"method.multiplier must be >= 0 and finite, got {multiplier}")
+        not_negative(multiplier=multiplier)
         if not 1 / task.K < correct < 1:
             raise ValueError(f"method.correct must be > 1 / K and < 1, K = {task.K}, got {correct}")
         if variant == "reg" and teacher:
