@@ -79,6 +79,7 @@ def test_the_table_says_what_each_method_declares(command):
         assert peers == f">= {needs.min_peers}" and cost == "-"
         assert refuses == (", ".join(needs.refuses) or "-")
         assert [key.partition(":")[0] for key in keys.split(", ")] == (list(module.defaults(name)) or ["-"])
+    assert rows["ps_kd"][6] == "40.00" and rows["dml"][6] == "0.00"  # 2 x 50,000 x 100 float32, in MB
     assert rows["dml"][5] == "temperature: 1.0, alpha: 1.0"
     assert rows["kdcl"][5] == "variant: minlogit, temperature: null, weight: null, holdout: 0.02"
     assert "tau2: true" in rows["cutnmix"][5] and 'teacher: ""' in rows["kd"][5]
