@@ -116,7 +116,6 @@ def step(
 @app.command("peers")
 def peer_steps(
     device: Device = "cpu",
-    root: Root = None,
     views: Views = "1,2,4,8,16",
     network: Network = "resnet32",
     batch: Batch = 64,
@@ -127,7 +126,6 @@ def peer_steps(
 ) -> records.Record:
     """Milliseconds of a training step with J peers, and its ratio to J steps of one plain network."""
     sheets = peers.measure(
-        root=root,
         network=network,
         views=_numbers(views),
         batch=batch,
@@ -171,7 +169,6 @@ def method_steps(
 @app.command("memory")
 def peer_memory(
     device: Device = "cpu",
-    root: Root = None,
     views: Views = "1,2,4,8,16",
     network: Network = "resnet32",
     batch: Batch = 64,
@@ -181,7 +178,7 @@ def peer_memory(
 ) -> records.Record:
     """Peak memory of training J peers, a process each; how long compiling them takes."""
     sheets = memory.measure(
-        root=root, network=network, views=_numbers(views), batch=batch, device=_device(device), compiled=compile
+        network=network, views=_numbers(views), batch=batch, device=_device(device), compiled=compile
     )
     settings = {"network": network, "batch": batch}
     notes = [*memory.NOTES, *([memory.COMPILE_NOTE] if compile else [])]
@@ -204,8 +201,9 @@ def everything(
         loader(device, views=few, batch=32, jpeg=True, rounds=rounds, out=out),
         mix(device, views, rounds=rounds, out=out),
         step(device, root, rounds=rounds, out=out),
-        peer_steps(device, root, views, rounds=rounds, out=out),
-        peer_memory(device, root, views, out=out),
+        peer_steps(device, views, rounds=rounds, out=out),
+        method_steps(device, rounds=rounds, out=out),
+        peer_memory(device, views, out=out),
     ]
     if json:
         records.write_json(json, left)

@@ -94,11 +94,16 @@ def seconds_per_call(
 
 
 def in_turn(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Each contender's figure once a round, one after the other: what slows the machine down meets them all."""
+    """Each contender's figure once a round: what slows the machine down meets them all.
+
+    One after the other, every second round backwards, so that none always follows the same one.
+    """
     seen: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders)
     for _ in range(rounds):
-        for name, figure in contenders.items():
-            seen[name].append(figure())
+        for name in order:
+            seen[name].append(contenders[name]())
+        order.reverse()
     return seen
 
 

@@ -27,11 +27,9 @@ NOTES = [
 COMPILE_NOTE = "Compile time: the first step less a later one, with compile=peers and empty caches. One run a J."
 
 
-def measure(
-    *, root: Path | None, network: str, views: list[int], batch: int, device: torch.device, compiled: bool
-) -> list[Sheet]:
+def measure(*, network: str, views: list[int], batch: int, device: torch.device, compiled: bool) -> list[Sheet]:
     """MiB against J, and over J times those of the least J; where asked for, seconds of compilation against J."""
-    config = partial(keys, root, network, batch)
+    config = partial(keys, None, network, batch)
     peak: Row = {}
     compile_s: Row = {}
     for count in views:

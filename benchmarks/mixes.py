@@ -22,7 +22,7 @@ from cutnmix.pipeline import CutnMix, Distort, Mix, MixBatch, Plan, Views, make_
 Call = Callable[[], object]
 SIZE, NUM_CLASSES = (32, 32), 100
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-WARMUP = 5  # calls
+WARMUP = 3  # calls
 PLAN_STEPS = 100  # drawn at once, where an epoch of CIFAR has some hundreds
 PUBLIC: dict[str, tuple[str, Callable[[], Any]]] = {  # name -> library, what makes a mix of one view
     "kornia RandomCutMixV2": ("kornia", kornia_cutmix),

@@ -14,13 +14,14 @@ from tasks import tiny
 from torch import nn
 
 from cutnmix.benchmarks import __main__ as commands
-from cutnmix.benchmarks import loaders, measure, memory, mixes, peers, plots, records, steps, tables
+from cutnmix.benchmarks import loaders, measure, memory, methods, mixes, peers, plots, records, steps, tables
 from cutnmix.benchmarks.measure import CPU, Clock, Spread, in_turn, per_second
 from cutnmix.benchmarks.records import Sheet, make_record, number, read_records, sheets_of, text
 from cutnmix.models import NETWORKS
 from cutnmix.pipeline import Distort, MixBatch, load_splits
 from cutnmix.trainer import cli
 from cutnmix.trainer.losses import cross_entropy, mutual_kl
+from cutnmix.trainer.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 # Python 3.12 and later warn of the fork of a DataLoader's workers.
@@ -125,19 +126,19 @@ def test_memory(bench):
     assert 0 < peak["1"] < peak["2"]
 
 
-@pytest.mark.slow
-def test_compile_time():
-    seen = memory._apart(steps.keys(None, "resnet20", 8, 1, CPU, "method=baseline", "loader=resident", "compile=peers"))
-    assert seen["first_s"] > seen["later_s"] > 0
+def test_methods(bench):
+    record = bench("methods", "--network=tiny", "--batch=8", "--rounds=1", "--seconds=0")
+    for sheet in sheets_of(record):
+        assert [name.partition(",")[0] for name in sheet.rows] == list(METHODS)
 
 
 def test_all_leaves_every_record(monkeypatch, tmp_path):
     cells = Sheet("t", "ms", "J", {"cutnmix": {"1": Spread(1.0, 1.0, 1.0, 1)}})
-    for module in (loaders, mixes, steps, peers, memory):
+    for module in (loaders, mixes, steps, peers, methods, memory):
         monkeypatch.setattr(module, "measure", lambda *_, **__: [cells])
     commands.app(["all", "--rounds=1", f"--out={tmp_path}", f"--json={tmp_path / 'list.json'}"], standalone_mode=False)
     found = read_records(tmp_path)
-    assert found.keys() >= {"loader", "loader-jpeg", "mix", "step", "peers", "memory"}
+    assert found.keys() == {"loader", "loader-jpeg", "mix", "step", "peers", "methods", "memory"}
     assert {record["benchmark"]: record for record in json.loads((tmp_path / "list.json").read_text())} == found
     assert all((tmp_path / f"{name}.png").exists() for name in found)
 
@@ -213,15 +214,17 @@ def test_the_plain_way_updates_every_net(monkeypatch):
 
 
 @pytest.mark.parametrize("replay", [False, True])
-def test_a_replayed_batch_costs_no_mix(replay, monkeypatch):
+def test_a_replayed_batch_costs_no_loader_and_no_mix(replay, monkeypatch):
     mixed: list[int] = []
-    forward = MixBatch.forward
+    read: list[int] = []
+    forward, batches = MixBatch.forward, steps._batches
+    monkeypatch.setattr(steps, "_batches", lambda parts: (read.append(1) or batch for batch in batches(parts)))
     monkeypatch.setattr(MixBatch, "forward", lambda *args: mixed.append(1) or forward(*args))
     overrides = steps.keys(None, "tiny", 8, 2, CPU, "method=cutnmix", "loader=resident")
     with steps.training(overrides, replay=replay) as step:
         for _ in range(3):
             step()
-    assert len(mixed) == (1 if replay else 3)
+    assert len(mixed) == len(read) == (1 if replay else 3)
 
 
 # What is computed from the figures
@@ -236,7 +239,7 @@ def test_spread():
 def test_contenders_take_turns():
     order: list[str] = []
     figures = {name: lambda name=name: order.append(name) or len(order) for name in "ab"}
-    assert in_turn(figures, rounds=2) == {"a": [1, 3], "b": [2, 4]}
+    assert in_turn(figures, rounds=2) == {"a": [1, 4], "b": [2, 3]}
 
 
 def test_the_rate_leaves_out_the_warm_up(monkeypatch):
@@ -281,7 +284,7 @@ def test_ratios_of_a_step(monkeypatch):
     """The price is time over time, the gain images/s over images/s, round by round."""
     rates = {steps.REPLAYED: 10.0, "cutnmix, resident": 8.0, "cutnmix, dali": 5.0, steps.LINEAGE: 2.0}
     rates |= {steps.OURS: 6.0, steps.OURS_FP32: 3.0}
-    order = iter([*rates.values()] * 2)
+    order = iter([*rates.values(), *reversed(rates.values())])
     monkeypatch.setattr(steps, "training", lambda *args, **keys: nullcontext(None))
     monkeypatch.setattr(steps, "lineage", lambda *args: nullcontext(None))
     monkeypatch.setattr(steps, "per_second", lambda *args, **keys: next(order))
@@ -310,7 +313,7 @@ def test_ratio_of_peers(monkeypatch):
     monkeypatch.setattr(
         peers, "per_second", lambda step, *_, **__: 1000 / (next(plain_ms) if step == "plain" else 800.0)
     )
-    ms, ratio = peers.measure(root=None, network="tiny", views=[2, 4], batch=8, rounds=1, seconds=0, device=CPU)
+    ms, ratio = peers.measure(network="tiny", views=[2, 4], batch=8, rounds=1, seconds=0, device=CPU)
     assert ms.rows["cutnmix"]["4"].median == pytest.approx(800)
     assert ratio.rows["cutnmix"]["2"].median == pytest.approx(800 / (2 * 200))
     assert ratio.rows["cutnmix"]["4"].median == pytest.approx(800 / (4 * 400))
@@ -323,7 +326,7 @@ def test_shares_of_memory(monkeypatch):
         return {"peak_mib": 50.0 + 50 * count, "first_s": 9.0 + compiled, "later_s": 1.0}
 
     monkeypatch.setattr(memory, "_apart", apart)
-    peak, share, compile_s = memory.measure(root=None, network="tiny", views=[1, 4], batch=8, device=CPU, compiled=True)
+    peak, share, compile_s = memory.measure(network="tiny", views=[1, 4], batch=8, device=CPU, compiled=True)
     assert peak.rows["cutnmix"] == {"1": 100, "4": 250}
     assert share.rows["cutnmix"] == {"1": 1, "4": 250 / 400}
     assert compile_s.rows["cutnmix"] == {"1": 9, "4": 9}
