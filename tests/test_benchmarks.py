@@ -163,7 +163,7 @@ def test_what_makes_no_sense_is_refused(options):
 # All contenders do the same work
 
 
-@pytest.mark.parametrize("name", loaders.ARRAYS.keys() - {"copy limit"})
+@pytest.mark.parametrize("name", sorted(loaders.ARRAYS.keys() - {"copy limit"}))
 def test_array_loaders_hand_over_the_same_kind_of_views(name):
     data = load_splits("digits").train
     with loaders.ARRAYS[name].open(loaders.Case(data, Distort(), 2, 8, CPU, workers=1)) as batches:
