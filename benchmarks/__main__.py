@@ -5,7 +5,7 @@ Each prints tables, and leaves NAME.json and NAME.png in a folder. `python -m cu
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -65,7 +65,7 @@ def loader(
             workers=workers,
         )
     name, notes = ("loader-jpeg" if jpeg else "loader"), [_warmup(loaders.WARMUP, "batches")]
-    return _leave(records.make_record(name, sheets, settings, notes, _device(device)), json, out)
+    return _leave(name, sheets, settings, notes, device, json, out)
 
 
 @app.command()
@@ -82,7 +82,7 @@ def mix(
     sheets = mixes.measure(views=_numbers(views), batch=batch, rounds=rounds, seconds=seconds, device=_device(device))
     settings = {"batch": batch, "rounds": rounds, "seconds": seconds}
     notes = [*mixes.NOTES, _warmup(mixes.WARMUP, "calls")]
-    return _leave(records.make_record("mix", sheets, settings, notes, _device(device)), json, out)
+    return _leave("mix", sheets, settings, notes, device, json, out)
 
 
 @app.command()
@@ -110,7 +110,7 @@ def step(
     )
     settings = {"network": network, "batch": batch, "rounds": rounds, "seconds": seconds}
     notes = [*steps.NOTES, _warmup(steps.WARMUP, "steps")]
-    return _leave(records.make_record("step", sheets, settings, notes, _device(device)), json, out)
+    return _leave("step", sheets, settings, notes, device, json, out)
 
 
 @app.command("peers")
@@ -135,7 +135,7 @@ def peer_steps(
     )
     settings = {"network": network, "batch": batch, "rounds": rounds, "seconds": seconds}
     notes = [*peers.NOTES, _warmup(peers.WARMUP, "steps")]
-    return _leave(records.make_record("peers", sheets, settings, notes, _device(device)), json, out)
+    return _leave("peers", sheets, settings, notes, device, json, out)
 
 
 @app.command("methods")
@@ -163,7 +163,7 @@ def method_steps(
     )
     settings = {"network": network, "batch": batch, "rounds": rounds, "seconds": seconds}
     notes = [*methods.NOTES, _warmup(methods.WARMUP, "steps")]
-    return _leave(records.make_record("methods", sheets, settings, notes, _device(device)), json, out)
+    return _leave("methods", sheets, settings, notes, device, json, out)
 
 
 @app.command("memory")
@@ -182,7 +182,7 @@ def peer_memory(
     )
     settings = {"network": network, "batch": batch}
     notes = [*memory.NOTES, *([memory.COMPILE_NOTE] if compile else [])]
-    return _leave(records.make_record("memory", sheets, settings, notes, _device(device)), json, out)
+    return _leave("memory", sheets, settings, notes, device, json, out)
 
 
 @app.command("all")
@@ -232,8 +232,17 @@ def write_tables(
         console.print(f"{readme} written")
 
 
-def _leave(record: records.Record, json: Path | None, out: Path | None) -> records.Record:
-    """Show a record, and write it and its plot."""
+def _leave(
+    name: str,
+    sheets: list[records.Sheet],
+    settings: dict[str, Any],
+    notes: list[str],
+    device: str,
+    json: Path | None,
+    out: Path | None,
+) -> records.Record:
+    """Make a record, show it, and write it and its plot."""
+    record = records.make_record(name, sheets, settings, notes, _device(device))
     folder = _folder(out)
     folder.mkdir(parents=True, exist_ok=True)
     records.show(record, console)

@@ -79,20 +79,6 @@ def per_second(call: Callable[[], object], clock: Clock, *, seconds: float, warm
     return count / clock.stop()
 
 
-def seconds_per_call(
-    call: Callable[[], object], calls: int, warmup: int = 2, device: torch.device | str = "cpu"
-) -> float:
-    """Median seconds of one call of `calls`, each timed alone, after `warmup` calls that are not counted."""
-    clock, times = Clock(torch.device(device)), []
-    for _ in range(warmup):
-        call()
-    for _ in range(calls):
-        clock.start()
-        call()
-        times.append(clock.stop())
-    return statistics.median(times)
-
-
 def in_turn(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Each contender's figure once a round: what slows the machine down meets them all.
 

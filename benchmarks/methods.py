@@ -12,7 +12,7 @@ from cutnmix.benchmarks.records import Row, Sheet
 from cutnmix.benchmarks.steps import keys, training
 from cutnmix.pipeline import Dataset
 from cutnmix.trainer.methods import METHODS
-from cutnmix.trainer.overview import overrides
+from cutnmix.trainer.overview import beside, overrides
 
 PAPERS_PEERS = {"one": 3, "okddip": 3, "pcl": 3}  # with two, okddip is one peer and a leader
 WARMUP = 1  # steps a turn: the data is ready at once
@@ -43,8 +43,6 @@ def measure(
     """Milliseconds of a step of each method, and its ratio to J times the step of one plain network, in turn."""
     clock, classes = Clock(device), len(data.classes)
     counts = {f"{name}, J = {peers_of(name, count)}": peers_of(name, count) for name in METHODS}
-    ms: dict[str, list[float]] = {row: [] for row in counts}
-    ratio: dict[str, list[float]] = {row: [] for row in counts}
     with TemporaryDirectory() as folder, ExitStack() as stack:
 
         def enter(name: str, peers: int) -> Callable[[], float]:
@@ -57,15 +55,11 @@ def measure(
         figures = {row: enter(name, counts[row]) for row, name in zip(counts, METHODS, strict=True)}
         for figure in (plain, *figures.values()):  # what is made at first use
             figure()
-        for _ in range(rounds):
-            before = plain()  # the machine's speed drifts, so before and after
-            for row, figure in figures.items():
-                taken, after = figure(), plain()
-                ms[row].append(taken)
-                ratio[row].append(taken / (counts[row] * (before + after) / 2))
-                before = after
+        ms, ratios_to_one = beside(plain, figures, rounds)
     times: dict[str, Row] = {row: {"step": Spread.of(values)} for row, values in ms.items()}
-    ratios: dict[str, Row] = {row: {"step": Spread.of(values)} for row, values in ratio.items()}
+    ratios: dict[str, Row] = {
+        row: {"step": Spread.of([ratio / counts[row] for ratio in values])} for row, values in ratios_to_one.items()
+    }
     return [
         Sheet(f"A training step, {network}, batch {batch}, {data.name}", "ms", "", times),
         Sheet("The same / (J x a plain step of one network)", "ratio", "", ratios),

@@ -9,6 +9,7 @@ import torch
 from cutnmix.benchmarks.measure import Clock, Spread, per_second
 from cutnmix.benchmarks.records import Row, Sheet
 from cutnmix.benchmarks.steps import keys, training
+from cutnmix.trainer.overview import beside
 
 WARMUP = 1  # steps a turn: the data is ready at once
 NOTES = [
@@ -33,8 +34,6 @@ def measure(
 ) -> list[Sheet]:
     """Milliseconds of a step against J, and its ratio to J times the step of one plain network, measured in turn."""
     config, clock = partial(keys, None, network, batch), Clock(device)
-    ms: dict[str, list[float]] = {str(count): [] for count in views}
-    ratio: dict[str, list[float]] = {str(count): [] for count in views}
     with ExitStack() as stack:
 
         def enter(count: int, *more: str) -> Callable[[], float]:
@@ -42,19 +41,13 @@ def measure(
             return lambda: 1000 / per_second(step, clock, seconds=seconds, warmup=WARMUP)
 
         plain = enter(1, "method=baseline", "mix=none")
-        many = {count: enter(count, method_of(count)) for count in views}
+        many = {str(count): enter(count, method_of(count)) for count in views}
         for figure in (plain, *many.values()):  # what is made at first use
             figure()
-        for _ in range(rounds):
-            before = plain()  # the machine's speed drifts, so before and after
-            for count, figure in many.items():
-                taken, after = figure(), plain()
-                ms[str(count)].append(taken)
-                ratio[str(count)].append(taken / (count * (before + after) / 2))
-                before = after
+        ms, ratios_to_one = beside(plain, many, rounds)
     title = f"{network}, batch {batch}, CutnMix with all losses"
-    times: Row = {count: Spread.of(values) for count, values in ms.items()}
-    ratios: Row = {count: Spread.of(values) for count, values in ratio.items()}
+    times: Row = {j: Spread.of(values) for j, values in ms.items()}
+    ratios: Row = {j: Spread.of([ratio / int(j) for ratio in values]) for j, values in ratios_to_one.items()}
     return [
         Sheet(f"A training step of J peers, {title}", "ms", "J", {"cutnmix": times}),
         Sheet("The same / (J x a plain step of one network)", "ratio", "J", {"cutnmix": ratios}),

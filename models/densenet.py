@@ -19,7 +19,7 @@ the head 0, as in that zoo and in torchvision.
 import torch
 from torch import Tensor, nn
 
-from cutnmix.models.network import Branch, Network
+from cutnmix.models.network import Network, preactivation
 
 
 def conv(in_width: int, out_width: int, kernel: int) -> nn.Conv2d:
@@ -63,10 +63,7 @@ def densenet(depth: int, growth: int, num_classes: int, in_channels: int, *, bc:
             layers += [norm_conv(width, out, 1), nn.AvgPool2d(2)]
             width = out
         stages.append(nn.Sequential(*layers))
-    last = nn.Sequential(stages[-1], nn.BatchNorm2d(width), nn.ReLU(inplace=True))
-    head = nn.Linear(width, num_classes)
-    nn.init.zeros_(head.bias)
-    return Network(nn.Sequential(*stages[:-1]), Branch(last, head, feature_dim=width), trunk_dim)
+    return preactivation(stages, width, trunk_dim, num_classes)
 
 
 def densenet40_12(num_classes: int, in_channels: int = 3) -> Network:

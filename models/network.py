@@ -6,6 +6,8 @@ The cut stands before the last stage, where ONE (NeurIPS 2018), OKDDip (AAAI 202
 form `branches` share the trunk and have a branch each (peers.py).
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 
@@ -49,3 +51,14 @@ class Network(nn.Module):
     def forward(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """(logits_BK, feature_BD)."""
         return self.branch(self.trunk(image_BCHW))
+
+
+def preactivation(stages: Sequence[nn.Module], width: int, trunk_dim: int, num_classes: int) -> Network:
+    """The network of stages whose blocks begin with their norms, so that a last BN and relu stand before the average.
+
+    They belong to the branch, as the last stage does, which ends in `width` channels. The bias of the head begins at 0.
+    """
+    last = nn.Sequential(stages[-1], nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+    head = nn.Linear(width, num_classes)
+    nn.init.zeros_(head.bias)
+    return Network(nn.Sequential(*stages[:-1]), Branch(last, head, feature_dim=width), trunk_dim)

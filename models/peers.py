@@ -22,11 +22,6 @@ class Outputs(NamedTuple):
     features: tuple[Tensor, ...]  # of peer j: (B, D_j), what its head sees
     shared_VBE: Tensor | None = None  # of branches: the global average of the trunk's map
 
-    @property
-    def feature_JBD(self) -> Tensor:
-        """The features stacked, where all have one size."""
-        return torch.stack(self.features)
-
 
 def build_peer(network: str, num_classes: int, *, seed: int, j: int) -> nn.Module:
     """Peer j, a pure function of (network, num_classes, seed, j); the caller's random state stays as it was.
@@ -70,7 +65,6 @@ class Peers(nn.Module):
         if form not in FORMS:
             raise ValueError(f"peers.form must be one of {', '.join(FORMS)}, got {form!r}")
         nets = [build_peer(network, num_classes, seed=seed, j=j) for j, network in enumerate(networks)]
-        self.num_classes, self.form = num_classes, form
         self.trunk: nn.Module | None = None
         self.trunk_dim: int | None = None
         if form == "branches":

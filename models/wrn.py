@@ -16,7 +16,7 @@ network: resnet.py has it.
 
 from torch import Tensor, nn
 
-from cutnmix.models.network import Branch, Network
+from cutnmix.models.network import Network, preactivation
 from cutnmix.models.resnet import conv
 
 
@@ -52,10 +52,7 @@ def wrn(depth: int, widen: int, num_classes: int, in_channels: int) -> Network:
             blocks.append(PreActivation(width, 16 * widen * 2**stage, stride=2 if stage > 0 and i == 0 else 1))
             width = 16 * widen * 2**stage
         stages.append(nn.Sequential(*blocks))
-    last = nn.Sequential(stages[-1], nn.BatchNorm2d(width), nn.ReLU(inplace=True))
-    head = nn.Linear(width, num_classes)
-    nn.init.zeros_(head.bias)
-    return Network(nn.Sequential(*stages[:-1]), Branch(last, head, feature_dim=width), trunk_dim)
+    return preactivation(stages, width, trunk_dim, num_classes)
 
 
 def wrn16_8(num_classes: int, in_channels: int = 3) -> Network:

@@ -339,13 +339,14 @@ def _boxes(
     """box_SM4 and lam_SL: one lambda and one centre a step, one placement a step and box. No boxes under mixup."""
     rng = generator(seed, epoch, Stream.LAMBDA)
     drawn_S, mixed_S = rng.beta(mix.alpha, mix.alpha, steps), rng.random(steps) < mix.probability
+    nominal_S = torch.from_numpy(np.where(mixed_S, drawn_S, 1.0))
     if not mix.has_boxes:
-        return None, torch.from_numpy(np.where(mixed_S, drawn_S, 1.0)).float()[:, None]
+        return None, nominal_S.float()[:, None]
     centre_S2 = rng.random((steps, 2))
     places = [generator(seed, epoch, Stream.PLACE, peer).random((steps, 2)) for peer in range(num_boxes)]
     return place_boxes(
         mix.rule,
-        nominal_lam=torch.from_numpy(np.where(mixed_S, drawn_S, 1.0)),
+        nominal_lam=nominal_S,
         centre_2=torch.from_numpy(centre_S2),
         place_J2=torch.from_numpy(np.stack(places, axis=1)),
         width=width,

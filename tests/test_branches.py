@@ -15,10 +15,10 @@ from cutnmix.models import NETWORKS
 from cutnmix.models.network import Branch, Network
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
-from cutnmix.trainer.losses import ramp_up
+from cutnmix.trainer.losses import others_kl, ramp_up
 from cutnmix.trainer.methods.okddip import OKDDip
 from cutnmix.trainer.methods.one import ONE
-from cutnmix.trainer.methods.pcl import PCL, others_kl
+from cutnmix.trainer.methods.pcl import PCL
 
 PEERS = pytest.mark.parametrize("J", [2, 3, 4])
 RAMP = math.exp(-5 * (1 - 3 / 80) ** 2)  # of epoch 3.25, which is in its fourth epoch

@@ -53,8 +53,8 @@ def test_view_v_goes_to_peer_v_and_one_view_to_all():
     with torch.no_grad():
         own, shared = peers(image_VBCHW), peers(image_VBCHW[:1])
         for j, net in enumerate(peers.nets):
-            torch.testing.assert_close((own.logits_JBK[j], own.feature_JBD[j]), net(image_VBCHW[j]))
-            torch.testing.assert_close((shared.logits_JBK[j], shared.feature_JBD[j]), net(image_VBCHW[0]))
+            torch.testing.assert_close((own.logits_JBK[j], own.features[j]), net(image_VBCHW[j]))
+            torch.testing.assert_close((shared.logits_JBK[j], shared.features[j]), net(image_VBCHW[0]))
     with pytest.raises(RuntimeError):  # never a silent zip of the shorter
         peers(images(3, 1, 3, 32, 32))
 

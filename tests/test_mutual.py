@@ -35,7 +35,7 @@ class Made(NamedTuple):
 
 def outputs(J: int = 3, dtype: torch.dtype = torch.float64) -> Made:
     made = make_outputs(J, dtype)
-    return Made(made.logits_JBK, made.feature_JBD.detach().requires_grad_())
+    return Made(made.logits_JBK, torch.stack(made.features).detach().requires_grad_())
 
 
 def batch(L: int = 1) -> Batch:

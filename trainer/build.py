@@ -146,9 +146,9 @@ def _checked_networks(config: Config, train: Dataset) -> list[str]:
     """Refuse networks that do not take the views; what branches save, as a line for the user."""
     peers, num_classes, size = config.peers, len(train.classes), view_size(train, config.distort)
     try:
-        for name in dict.fromkeys(peers.networks):
-            check_image_size(name, num_classes, size)
         if peers.form == "nets":
+            for name in dict.fromkeys(peers.networks):
+                check_image_size(name, num_classes, size)
             return []
         costs = branches_cost(peers.networks[0], peers.count, num_classes, size)
     except ValueError as error:

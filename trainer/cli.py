@@ -114,10 +114,7 @@ def models(
         counts = (parameters(blueprint(name, 10)), row.parameters)
         cells = (*(f"{count:,}" for count in counts), f"{row.macs / 1e6:,.1f} M", f"{size[0]} x {size[1]}")
         table.add_row(name, *cells, str(row.feature_dim), source(name))
-    console = Display().console
-    if not console.is_terminal:
-        console.width = sys.maxsize  # in a file or a pipe, a row is a line
-    console.print(table)
+    _print(table)
 
 
 @app.command()
@@ -130,10 +127,7 @@ def methods(
     """List the methods: what each needs, its keys, what it remembers of CIFAR-100, what a step of it costs here."""
     from cutnmix.trainer.overview import make_table, overview
 
-    console = Display().console
-    if not console.is_terminal:
-        console.width = sys.maxsize  # in a file or a pipe, a row is a line
-    console.print(make_table(overview(network, peers, steps if cost else 0)))
+    _print(make_table(overview(network, peers, steps if cost else 0)))
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -142,6 +136,13 @@ def bench(context: typer.Context):
     from cutnmix.benchmarks.__main__ import app as benchmarks  # it imports all that it compares with
 
     benchmarks(context.args, prog_name="cutnmix bench")
+
+
+def _print(table: Table) -> None:
+    console = Display().console
+    if not console.is_terminal:
+        console.width = sys.maxsize  # in a file or a pipe, a row is a line
+    console.print(table)
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ the allowed ones, and each message says whether the file or the command line is 
 """
 
 import difflib
-import inspect
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -17,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from cutnmix.configs import shipped
 from cutnmix.pipeline.plan import Distort, Mix
-from cutnmix.trainer.method import Needs
+from cutnmix.trainer.method import Needs, keys_of
 from cutnmix.trainer.methods import METHODS
 
 
@@ -108,6 +107,15 @@ class Checkpoint(_Group):
     best: bool = True  # keep best.pt too: the best TEST accuracy of the peers' mean, named as such
 
 
+_KEYS_OF_MIX = {
+    "none": set(),
+    "cutmix": {"alpha", "probability", "box_rule"},
+    "cutnmix": {"alpha", "probability", "box_rule"},
+    "mixup": {"alpha", "probability"},
+    "cutout": {"length"},
+}
+
+
 class Config(_Group):
     """All of a run. The defaults are the paper's recipe."""
 
@@ -170,11 +178,8 @@ class Config(_Group):
 
     @model_validator(mode="after")
     def _keys_that_belong_together(self) -> "Config":
-        used = {"none": set(), "cutout": {"length"}, "mixup": {"alpha", "probability"}}
-        stray = {"alpha", "probability", "box_rule", "length"} - used.get(
-            self.mix.name, {"alpha", "probability", "box_rule"}
-        )
-        self._refuse("mix", self.mix, stray, f"mix.name: {self.mix.name}")
+        unused = set(Mix.model_fields) - {"name"} - _KEYS_OF_MIX[self.mix.name]
+        self._refuse("mix", self.mix, unused, f"mix.name: {self.mix.name}")
         if self.mix.name == "cutout":
             self._refuse("distort", self.distort, {"cutout"}, "mix.name: cutout, which has its own length")
         unused = {"pad"} if self.data.name == "folder" else {"image_size", "crop_scale", "crop_ratio", "region"}
@@ -308,8 +313,7 @@ def _checked_method(method: dict[str, Any], origin: Callable[[str], str]) -> dic
             f"method.name ({origin('method.name')}): {name!r} is not a method; "
             f"allowed: {', '.join(METHODS)}{_did_you_mean(str(name), METHODS)}"
         )
-    parameters = inspect.signature(METHODS[name], eval_str=True).parameters.values()
-    keys: dict[str, Any] = {p.name: (p.annotation, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
+    keys: dict[str, Any] = keys_of(METHODS[name])
     schema = create_model(name, __config__=ConfigDict(extra="forbid"), **keys)
     try:
         checked = schema(**{key: value for key, value in method.items() if key != "name"})

@@ -14,11 +14,9 @@ Every file carries the same strings: `classes`, `mean`, `std`, `image_size` (JSO
 them there: a finished run needs no data set to be exported, one that still trains or was cut off does.
 """
 
-import contextlib
 import io
 import json
 import math
-import os
 from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -37,7 +35,7 @@ from cutnmix.pipeline.plan import Distort
 from cutnmix.trainer.build import Parts
 from cutnmix.trainer.checkpoint import load
 from cutnmix.trainer.config import Config, ConfigError
-from cutnmix.trainer.folder import RunError, RunFolder
+from cutnmix.trainer.folder import RunError, RunFolder, write_atomically
 
 
 class Facts(NamedTuple):
@@ -228,13 +226,8 @@ def _trace(network: nn.Module, facts: Facts) -> torch.export.ExportedProgram:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Old or new, never half."""
-    partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, path)
+        write_atomically(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise RunError(f"{path}: {error.strerror}") from error

@@ -134,11 +134,19 @@ class RunFolder:
         write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Old or new, never half."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Old or new, never half; where it fails, nothing is left of the new."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    try:
+        if isinstance(content, str):
+            partial.write_text(content)
+        else:
+            partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -29,13 +29,14 @@ def cross_entropy(logits_JBK: Tensor, target_LBK: Tensor) -> Tensor:
     return -(target_LBK * log_probs(logits_JBK)).sum(-1).mean(-1)
 
 
-def kl(teacher_BK: Tensor, student_JBK: Tensor, temperature: float) -> Tensor:
+def kl(teacher_BK: Tensor, student_JBK: Tensor, temperature: float, detach: bool = True) -> Tensor:
     """T^2 mean_b KL(softmax(teacher / T) || softmax(student_j / T)); returns (J,).
 
     T^2 keeps the gradient's size when T changes (Hinton et al. 2015, arXiv:1503.02531, section 2).
-    Args: logits; the teacher's may be (B, K), one teacher for all peers, or (J, B, K), one each. It gets no gradient.
+    Args: logits; the teacher's may be (B, K), one teacher for all peers, or (J, B, K), one each. It gets no gradient
+    unless `detach` is False.
     """
-    log_teacher_BK = log_probs(teacher_BK.detach(), temperature)
+    log_teacher_BK = log_probs(teacher_BK.detach() if detach else teacher_BK, temperature)
     log_student_JBK = log_probs(student_JBK, temperature)
     return temperature**2 * (log_teacher_BK.exp() * (log_teacher_BK - log_student_JBK)).sum(-1).mean(-1)
 
@@ -49,12 +50,25 @@ def mutual_kl(logits_JBK: Tensor, temperature: float) -> Tensor:
     Source: L_DML of Eq. 4 of CutnMix (arXiv:2206.12370v2) with its T^2.
     """
     log_p_JBK = log_probs(logits_JBK, temperature)
-    log_target_JBK = log_p_JBK.detach()
-    p_JBK = log_target_JBK.exp()
-    negentropy_JB = (p_JBK * log_target_JBK).sum(-1)
+    return _kl_of_others(log_p_JBK.detach(), log_p_JBK, temperature)
+
+
+def others_kl(teacher_JBK: Tensor, student_JBK: Tensor, temperature: float) -> Tensor:
+    """T^2 / (J - 1) sum_{k != j} mean_b KL(softmax(t_k / T) || softmax(s_j / T)), t detached; returns (J,). J >= 2.
+
+    As `mutual_kl`, with teachers that are not the students themselves.
+    """
+    log_teacher_JBK = log_probs(teacher_JBK.detach(), temperature)
+    return _kl_of_others(log_teacher_JBK, log_probs(student_JBK, temperature), temperature)
+
+
+def _kl_of_others(log_p_JBK: Tensor, log_q_JBK: Tensor, temperature: float) -> Tensor:
+    """T^2 / (J - 1) sum_{k != j} mean_b KL(p_k || q_j), through sums over peers; returns (J,)."""
+    p_JBK = log_p_JBK.exp()
+    negentropy_JB = (p_JBK * log_p_JBK).sum(-1)
     p_BK, negentropy_B = p_JBK.sum(0), negentropy_JB.sum(0)  # over peers
-    kl_JB = (negentropy_B - negentropy_JB) - ((p_BK - p_JBK) * log_p_JBK).sum(-1)
-    return temperature**2 / (len(logits_JBK) - 1) * kl_JB.mean(-1)
+    kl_JB = (negentropy_B - negentropy_JB) - ((p_BK - p_JBK) * log_q_JBK).sum(-1)
+    return temperature**2 / (len(log_p_JBK) - 1) * kl_JB.mean(-1)
 
 
 def mmd(feature_JBD: Tensor, detach: bool = True) -> Tensor:

@@ -1,8 +1,9 @@
 """The contract between a method and the rest: what it may ask for, what it is built for, what it answers."""
 
+import inspect
 from collections.abc import Mapping
 from math import inf
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -30,6 +31,12 @@ class Task(NamedTuple):
     num_images: int  # N of the training set
     epochs: int
     peers: Peers | None  # with their initial weights; only for a method that copies them
+
+
+def keys_of(method: type) -> dict[str, tuple[Any, Any]]:
+    """The YAML keys of a method, its keyword-only arguments: name -> (type, default)."""
+    parameters = inspect.signature(method, eval_str=True).parameters.values()
+    return {p.name: (p.annotation, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def positive(**keys: float) -> None:
@@ -68,5 +75,8 @@ class Method(Protocol):
         ...
 
     def predictions(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Logits (B, K) that the evaluation scores beside the peers, by name: a teacher, a leader. Often {}."""
+        """Logits (B, K) that the evaluation scores beside the peers, by name: a teacher, a leader. Often {}.
+
+        Called as `forward` is: in eval mode, within the autocast that the peers ran in.
+        """
         ...

@@ -1,10 +1,9 @@
 """The methods at a glance: what each asks for, what it remembers, and what a step of it costs on this machine."""
 
-import inspect
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +18,7 @@ from cutnmix.models.network import Network
 from cutnmix.models.peers import Peers, build_peer, seeded
 from cutnmix.trainer.build import build
 from cutnmix.trainer.config import Config, ConfigError, load_config
-from cutnmix.trainer.method import Needs, Task
+from cutnmix.trainer.method import Needs, Task, keys_of
 from cutnmix.trainer.methods import METHODS
 from cutnmix.trainer.step import Tally
 
@@ -63,8 +62,7 @@ def overview(network: str, peers: int, steps: int) -> list[Row]:
 
 def defaults(name: str) -> dict[str, Any]:
     """The YAML keys of a method, with their defaults."""
-    parameters = inspect.signature(METHODS[name]).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {key: default for key, (_, default) in keys_of(METHODS[name]).items()}
 
 
 def needed_keys(name: str, network: str, num_classes: int, folder: Path) -> dict[str, Any]:
@@ -111,12 +109,27 @@ def cost_of(name: str, network: str, count: int, steps: int) -> float:
         baseline, method = enter("baseline"), enter(name)
         for step in (baseline, method) * WARMUP:
             step()
-        ratios, before = [], baseline()
-        for _ in range(steps):
-            taken, after = method(), baseline()
-            ratios.append(2 * taken / (before + after))
+        _, ratios = beside(baseline, {name: method}, steps)
+        return statistics.median(ratios[name])
+
+
+def beside(
+    plain: Callable[[], float], figures: Mapping[str, Callable[[], float]], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Each figure, and its ratio to the plain one, `rounds` times, in turn.
+
+    `plain` is taken before and after each, and their mean is what it is compared with: the machine's speed drifts.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in figures}
+    ratios: dict[str, list[float]] = {name: [] for name in figures}
+    for _ in range(rounds):
+        before = plain()
+        for name, figure in figures.items():
+            value, after = figure(), plain()
+            taken[name].append(value)
+            ratios[name].append(2 * value / (before + after))
             before = after
-        return statistics.median(ratios)
+    return taken, ratios
 
 
 @contextmanager

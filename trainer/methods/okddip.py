@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
-from cutnmix.trainer.losses import at_least_float32, cross_entropy, log_probs, ramp_up
+from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl, ramp_up
 from cutnmix.trainer.method import Needs, Task, not_negative, positive
 from cutnmix.trainer.projection import Projection
 
@@ -71,8 +71,8 @@ class OKDDip(nn.Module):
             share_AAB = self.attention(outputs.features[:-1]).permute(1, 2, 0)
             target_ABK = (share_AAB[..., None] * source_ABK).sum(1)  # no matmul: autocast would lower it
             ramp = self.weight * ramp_up(batch.epoch, self.ramp_epochs)
-            losses["peer_kl"] = ramp * self._kl(target_ABK, own_ABK).sum()
-            losses["leader_kl"] = ramp * self._kl(source_ABK.mean(0), leader_BK)
+            losses["peer_kl"] = ramp * kl(target_ABK, own_ABK, self.temperature, detach=False).sum()
+            losses["leader_kl"] = ramp * kl(source_ABK.mean(0), leader_BK, self.temperature, detach=False)
         return losses
 
     def attention(self, features: tuple[Tensor, ...]) -> Tensor:
@@ -81,11 +81,6 @@ class OKDDip(nn.Module):
         feature_BAD = at_least_float32(self.projection(features)).transpose(0, 1)
         query_BAE, key_BAE = at_least_float32(self.query(feature_BAD)), at_least_float32(self.key(feature_BAD))
         return (query_BAE[:, :, None] * key_BAE[:, None]).sum(-1).softmax(-1)
-
-    def _kl(self, teacher_BK: Tensor, student_BK: Tensor) -> Tensor:
-        """losses.kl, but the teacher gets its gradient too."""
-        log_p, log_q = log_probs(teacher_BK, self.temperature), log_probs(student_BK, self.temperature)
-        return self.temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean(-1)
 
     def predictions(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """{"leader"}: the last peer, which the paper reports."""

@@ -29,20 +29,8 @@ from torch import Tensor, nn
 
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
-from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl, log_probs, ramp_up
+from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl, others_kl, ramp_up
 from cutnmix.trainer.method import Needs, Task, not_negative, positive
-
-
-def others_kl(teacher_JBK: Tensor, student_JBK: Tensor, temperature: float) -> Tensor:
-    """T^2 / (J - 1) sum_{k != j} mean_b KL(softmax(t_k / T) || softmax(s_j / T)), t detached; returns (J,). J >= 2.
-
-    As losses.mutual_kl through sums over peers, with teachers that are not the students.
-    """
-    log_t_JBK = log_probs(teacher_JBK.detach(), temperature)
-    t_JBK, log_s_JBK = log_t_JBK.exp(), log_probs(student_JBK, temperature)
-    negentropy_JB = (t_JBK * log_t_JBK).sum(-1)
-    kl_JB = (negentropy_JB.sum(0) - negentropy_JB) - ((t_JBK.sum(0) - t_JBK) * log_s_JBK).sum(-1)
-    return temperature**2 / (len(student_JBK) - 1) * kl_JB.mean(-1)
 
 
 class PCL(nn.Module):
