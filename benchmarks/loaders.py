@@ -291,9 +291,9 @@ def plain_dali(case: Case) -> Iterator[Batches]:
 
 
 @contextmanager
-def ours(name: str, case: Case) -> Iterator[Batches]:
-    """One of this package's loaders, then MixBatch with CutnMix; on a GPU compiled, as a training run has them."""
-    data, size, on_gpu = case.data, view_size(case.data, case.distort), case.device.type == "cuda"
+def ours(name: str, compiled: bool, case: Case) -> Iterator[Batches]:
+    """One of this package's loaders, then MixBatch with CutnMix; on a GPU compiled, as a training run has it."""
+    data, size = case.data, view_size(case.data, case.distort)
     loader = make_loader(
         name,
         data,
@@ -302,10 +302,9 @@ def ours(name: str, case: Case) -> Iterator[Batches]:
         num_views=case.views,
         batch_size=case.batch,
         num_threads=case.workers,
-        compiled=on_gpu,
     )
     mix = MixBatch(mean=data.mean, std=data.std, size=size, num_classes=len(data.classes)).to(case.device)
-    if on_gpu:
+    if compiled or case.device.type == "cuda":
         mix.compile(dynamic=False)
 
     def batches() -> Batches:
@@ -355,12 +354,13 @@ ARRAYS: dict[str, Contender] = {
     "tensor crops + v2.CutMix": Contender("torchvision", partial(tensor_crops, torchvision_cutmix)),
     "tensor crops + timm Mixup": Contender("timm", partial(tensor_crops, timm_cutmix)),
     "plain DALI + v2.CutMix": Contender("nvidia.dali", plain_dali),
-    "cutnmix dali": Contender("nvidia.dali", partial(ours, "dali")),
-    "cutnmix resident": Contender("torch", partial(ours, "resident")),
+    "cutnmix dali": Contender("nvidia.dali", partial(ours, "dali", False)),
+    "cutnmix resident": Contender("torch", partial(ours, "resident", False)),
+    "cutnmix resident, compiled": Contender("torch", partial(ours, "resident", True)),
     "copy limit": Contender("torch", copy_limit),
 }
 JPEGS: dict[str, Contender] = {
     "torchvision ImageFolder + v2.CutMix": Contender("torchvision", torchvision_dataloader),
     "plain DALI + v2.CutMix": Contender("nvidia.dali", plain_dali),
-    "cutnmix dali": Contender("nvidia.dali", partial(ours, "dali")),
+    "cutnmix dali": Contender("nvidia.dali", partial(ours, "dali", False)),
 }

@@ -5,9 +5,23 @@ B batch, K classes, C channels, H W image size, D feature, N samples of a data s
 A tensor's suffix lists its axes: `image_VBCHW`, `target_LBK`. Peers come first: peer j is a contiguous slice.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
+
+
+class Pixels(Protocol):
+    """Views that are made where they are read, so that whoever is compiled to read them makes them in the same loop."""
+
+    @property
+    def image_VBCHW(self) -> Tensor:
+        """As of Views; made anew each time it is read."""
+        ...
+
+    @property
+    def hole_VBHW(self) -> Tensor | None:
+        """As of Views."""
+        ...
 
 
 class Views(NamedTuple):
@@ -16,10 +30,24 @@ class Views(NamedTuple):
     Where the plan asks for a second view of each image, B is twice the batch: the batch, then the second views.
     """
 
-    image_VBCHW: Tensor  # channels_last strides; uint8, or float32 in [0, 255] after colour or rotation
-    hole_VBHW: Tensor | None  # bool, True where cutout removed the pixel; None when cutout is off
+    pixels: Tensor | Pixels  # `image_VBCHW`, or what makes it and the holes
+    holes: Tensor | None  # `hole_VBHW` of `pixels` that are a tensor
     label_B: Tensor  # int64
     index_B: Tensor  # int64, the image's position in its data set
+
+    @property
+    def image_VBCHW(self) -> Tensor:
+        """channels_last strides; uint8, or float32 in [0, 255] after colour or rotation."""
+        return self.pixels if isinstance(self.pixels, Tensor) else self.pixels.image_VBCHW
+
+    @property
+    def hole_VBHW(self) -> Tensor | None:
+        """Bool, True where cutout removed the pixel; None when cutout is off."""
+        return self.holes if isinstance(self.pixels, Tensor) else self.pixels.hole_VBHW
+
+    def made(self) -> "Views":
+        """The same, with its pixels as tensors in memory."""
+        return Views(self.image_VBCHW, self.hole_VBHW, self.label_B, self.index_B)
 
 
 class Batch(NamedTuple):

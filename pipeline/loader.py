@@ -34,11 +34,10 @@ def make_loader(
     batch_size: int,
     num_threads: int = 2,
     prefetch: int = 2,
-    compiled: bool = False,
 ) -> Loader:
     """The loader `dali`, `resident`, or `auto`: dali where it is installed, resident elsewhere.
 
-    `num_views`, `batch_size`, `num_threads` and `prefetch` shape DALI's pipeline, `compiled` is the resident loader's.
+    `num_views`, `batch_size`, `num_threads` and `prefetch` shape DALI's pipeline.
 
     Raises:
         DataError: if dali is asked for and not installed, or resident for a folder of files.
@@ -47,7 +46,7 @@ def make_loader(
     if name == "dali" and not has_dali:
         raise DataError("loader.name: dali is not installed here (it exists for Linux only); use loader.name=resident")
     if name == "resident" or not has_dali:
-        return ResidentLoader(dataset, distort, device, compiled=compiled)
+        return ResidentLoader(dataset, distort, device)
     from cutnmix.pipeline.dali import DaliLoader  # here, because platforms without DALI can do without it
 
     return DaliLoader(

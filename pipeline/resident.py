@@ -5,6 +5,7 @@ same pixels as the DALI loader.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,22 +25,52 @@ from cutnmix.pipeline.distort import (
 from cutnmix.pipeline.plan import Distort, Draws, Plan
 
 
+class ResidentPixels(NamedTuple):
+    """One step's views, made from the resident images where they are read."""
+
+    source_NHWC: Tensor  # uint8, padded; each image with its mirror image beside it, but for rotated views
+    size: tuple[int, int]  # (H, W) of a view
+    draws: Draws
+    first_VB: Tensor | None  # see first_pixel; None for rotated views
+
+    @property
+    def image_VBCHW(self) -> Tensor:
+        """Crop and flip as bytes; with rotation or colour, float32 in [0, 255]. channels_last."""
+        draws = self.draws
+        if self.first_VB is not None:
+            image_VBHWC = gather_crops(self.source_NHWC, self.first_VB, self.size)
+        else:
+            assert draws.angle_VB is not None
+            matrix_VB23 = view_matrix(draws.crop_VB2, draws.flip_VB, draws.angle_VB, self.size)
+            image_VBHWC = gather_warped(self.source_NHWC, draws.index_B, matrix_VB23, self.size)
+        if draws.colour_VB4 is not None:
+            matrix_VB34 = colour_matrix(draws.colour_VB4)
+            rgb_VBHWC = image_VBHWC.float() @ matrix_VB34[:, :, None, :, :3].transpose(-1, -2)
+            image_VBHWC = rgb_VBHWC + matrix_VB34[:, :, None, None, :, 3]
+        return image_VBHWC.permute(0, 1, 4, 2, 3)
+
+    @property
+    def hole_VBHW(self) -> Tensor | None:
+        """The holes of cutout."""
+        return None if self.draws.hole_VB4 is None else hole_mask(self.draws.hole_VB4, self.size)
+
+
 class ResidentLoader:
     """Yields the Views of a plan from images that stay on the device.
+
+    A step of it is a look-up: crops, flips and all else happen where the views are read, in the same kernel as the mix
+    where that is compiled.
 
     Args:
         dataset: images as an array.
         distort: which distortions the plans to come will draw.
         device: where images live and views are made.
-        compiled: compile gather and arithmetic into one graph. For GPUs: on a CPU a row is one copy anyway.
 
     Raises:
         DataError: for a data set of image files.
     """
 
-    def __init__(
-        self, dataset: Dataset, distort: Distort, device: torch.device | str = "cpu", *, compiled: bool = False
-    ):
+    def __init__(self, dataset: Dataset, distort: Distort, device: torch.device | str = "cpu"):
         if not dataset.in_memory:
             raise DataError(
                 f"loader.name: resident holds images of one size in memory, and {dataset.name} is a folder of image "
@@ -53,7 +84,6 @@ class ResidentLoader:
         # A rotated view reads beyond the edge of its image, where there must be no mirror image but black.
         source_NHWC = padded_NHWC if distort.rotation else beside_mirror(padded_NHWC)
         self.source_NHWC = torch.from_numpy(source_NHWC).to(self.device)
-        self._views = torch.compile(self._execute, dynamic=False) if compiled else self._execute
 
     def epoch(self, plan: Plan, start: int = 0) -> Iterator[Views]:
         """The views of steps start, start + 1, ... of a plan that is on this loader's device.
@@ -63,16 +93,14 @@ class ResidentLoader:
         """
         if start >= len(plan):
             return
-        draws = plan.positions(0, len(plan.index_N))
-        label_N, first_VN = self._look_up(draws)
+        label_N, first_VN = self._look_up(plan.positions(0, len(plan.index_N)))
         for step in range(start, len(plan)):
             part = slice(step * plan.batch_size, (step + 1) * plan.batch_size)
-            first_VB = None if first_VN is None else first_VN[:, part]
-            yield self._views(plan.step(step), label_N[part], first_VB)
+            yield self._views(plan.step(step), label_N[part], None if first_VN is None else first_VN[:, part])
 
     def views(self, draws: Draws) -> Views:
-        """One step's views: crop and flip as bytes; with rotation or colour, float32 in [0, 255]."""
-        return self._execute(draws, *self._look_up(draws))
+        """One step's views."""
+        return self._views(draws, *self._look_up(draws))
 
     def _look_up(self, draws: Draws) -> tuple[Tensor, Tensor | None]:
         """Labels, and the first pixel of each crop in the flat data set; no crops where views are turned."""
@@ -82,20 +110,8 @@ class ResidentLoader:
         start_VB2 = crop_start(draws.crop_VB2, draws.flip_VB, self.size[1], self.pad)
         return label_B, first_pixel(self.source_NHWC, draws.index_B, start_VB2)
 
-    def _execute(self, draws: Draws, label_B: Tensor, first_VB: Tensor | None) -> Views:
-        if first_VB is not None:
-            image_VBHWC = gather_crops(self.source_NHWC, first_VB, self.size)
-        else:
-            assert draws.angle_VB is not None
-            matrix_VB23 = view_matrix(draws.crop_VB2, draws.flip_VB, draws.angle_VB, self.size)
-            image_VBHWC = gather_warped(self.source_NHWC, draws.index_B, matrix_VB23, self.size)
-        if draws.colour_VB4 is not None:
-            matrix_VB34 = colour_matrix(draws.colour_VB4)
-            rgb_VBHWC = image_VBHWC.float() @ matrix_VB34[:, :, None, :, :3].transpose(-1, -2)
-            image_VBHWC = rgb_VBHWC + matrix_VB34[:, :, None, None, :, 3]
-        hole_VBHW = None if draws.hole_VB4 is None else hole_mask(draws.hole_VB4, self.size)
-        image_VBCHW = image_VBHWC.permute(0, 1, 4, 2, 3)
-        return Views(image_VBCHW, hole_VBHW, label_B, draws.index_B)
+    def _views(self, draws: Draws, label_B: Tensor, first_VB: Tensor | None) -> Views:
+        return Views(ResidentPixels(self.source_NHWC, self.size, draws, first_VB), None, label_B, draws.index_B)
 
     def close(self) -> None:
         """Nothing to release: the other loaders have threads."""

@@ -73,7 +73,8 @@ def test_resident_and_mix_stay_on_the_gpu_and_read_nothing(distort, name, V, sec
         views = loader.views(draws)
         batch = mix(views, draws)
     assert watched.waits == []
-    assert all(field is None or field.is_cuda for field in (*views, *batch))
+    assert views.image_VBCHW.is_cuda and (views.hole_VBHW is None or views.hole_VBHW.is_cuda)
+    assert all(field is None or field.is_cuda for field in batch)
     assert views.image_VBCHW.permute(0, 1, 3, 4, 2).is_contiguous()
     assert (batch.second_VBCHW is None) == (second is None)
     for image in (batch.image_VBCHW, batch.second_VBCHW)[: 1 if second is None else 2]:
@@ -301,7 +302,7 @@ lowers = pytest.mark.skipif(
 )
 def test_mix_lowers_to_few_kernels_that_compile(distort, name, second, fake, tmp_path):
     loader, mix, draws = build(distort, name, second=second)
-    source = lowered(mix, (loader.views(draws), draws), fake)
+    source = lowered(mix, (loader.views(draws).made(), draws), fake)
     made = kernels(source, tmp_path)
     assert 1 <= len(made) <= 3
     assert all("cubin" in assembly for assembly in made)

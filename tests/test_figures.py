@@ -172,7 +172,7 @@ def test_batch_shows_the_pixels(tmp_path):
     red, green = torch.tensor([255.0, 0, 0]), torch.tensor([0, 255.0, 0])
     image = red[:, None, None].expand(2, 7, 3, 8, 8).clone()
     image[:, 1::2] = green[:, None, None]
-    views = views._replace(image_VBCHW=image)
+    views = views._replace(pixels=image)
     assert draws.partner_B is not None
     draws = draws._replace(partner_B=(torch.arange(7) + 1) % 7)
     batch = MixBatch(mean=MEAN, std=STD, size=(8, 8), num_classes=4)(views, draws)

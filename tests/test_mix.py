@@ -130,7 +130,7 @@ def test_mixup_is_one_blend_of_all_views_with_the_same_images(V):
     draws = draws_of("mixup", V)
     lam, number_B = draws.lam_L.double(), torch.arange(B)
     views = views_of(draws)._replace(
-        image_VBCHW=(40 * number_B.to(torch.uint8)).view(1, B, 1, 1, 1).expand(V, B, C, H, W), label_B=number_B
+        pixels=(40 * number_B.to(torch.uint8)).view(1, B, 1, 1, 1).expand(V, B, C, H, W), label_B=number_B
     )
     flat = MixBatch(mean=(0.0,) * C, std=(1 / 255,) * C, size=(H, W), num_classes=B)
     batch = flat(views, draws)
@@ -166,7 +166,7 @@ def test_a_hole_under_mixup_is_the_mean_colour_in_its_share_of_the_blend():
     views = views_of(draws)
     image = mixer()(views, draws).image_VBCHW
     own, partners = (views.hole_VBHW[:, rows][:, :, None].expand_as(image) for rows in (slice(None), draws.partner_B))
-    whole = mixer()(views._replace(hole_VBHW=None), draws_of("none")).image_VBCHW
+    whole = mixer()(views._replace(holes=None), draws_of("none")).image_VBCHW
     lam = draws.lam_L
     for where, expected in (
         (own & partners, torch.zeros_like(image)),
@@ -185,7 +185,7 @@ def test_a_hole_under_mixup_is_the_mean_colour_in_its_share_of_the_blend():
 def test_cutout_is_the_mean_colour_and_leaves_pixels_and_label(V, floats):
     draws, plain = draws_of("cutout", V), draws_of("none", V)
     views = views_of(draws, floats)
-    batch, whole = mixer()(views, draws), mixer()(views._replace(hole_VBHW=None), plain)
+    batch, whole = mixer()(views, draws), mixer()(views._replace(holes=None), plain)
     hole = torch.from_numpy(oracle.holes(draws, H, W))[:, :, None].expand(V, B, C, H, W)
     assert hole.any() and not hole.all()
     assert (batch.image_VBCHW[hole] == 0).all()
@@ -280,7 +280,7 @@ def test_views_are_not_changed_in_place(name, V, floats, second):
 def test_floats_within_range_are_not_changed_in_place_either():
     """No clamp, mix or cast need copy these; the multiply-add still must not write into them."""
     draws = draws_of("none")
-    views = views_of(draws)._replace(image_VBCHW=views_of(draws).image_VBCHW.float())
+    views = views_of(draws)._replace(pixels=views_of(draws).image_VBCHW.float())
     before = views.image_VBCHW.clone()
     mixer()(views, draws)
     assert torch.equal(views.image_VBCHW, before)

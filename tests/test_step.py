@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from cutnmix.models import NETWORKS
 from cutnmix.models.peers import Outputs, Peers
@@ -256,7 +257,7 @@ def test_mixed_precision_on_a_gpu_reads_no_value_and_crosses_no_device(method, d
     host, tally = parts_of(), Tally([])
     step0: list = [*batches(host)[0]]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
-        step0 = [x._replace(**{k: t.to("cuda") for k, t in x._asdict().items() if torch.is_tensor(t)}) for x in step0]
+        step0 = pytree.tree_map_only(Tensor, lambda t: t.to("cuda"), step0)
         mix = MixBatch(mean=(0.5,) * 3, std=(0.5,) * 3, size=(32, 32), num_classes=4, dtype=dtype)
         peers = Peers(["normed"] * 2, num_classes=4, seed=0)
         task = Task(2, 4, peers.feature_dims, None, num_images=24, epochs=1, peers=peers)

@@ -115,7 +115,6 @@ def build(config: Config) -> Parts:
             batch_size=batch_size,
             num_threads=threads,
             prefetch=config.loader.prefetch,
-            compiled=on_gpu and setting.compile != "none",
         )
 
     return Parts(
