@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from cutnmix.models import NETWORKS
 from cutnmix.models.peers import Outputs, Peers
-from cutnmix.pipeline.batch import Batch, Views
+from cutnmix.pipeline.batch import Views
 from cutnmix.pipeline.mix import MixBatch
 from cutnmix.pipeline.plan import Draws
 from cutnmix.trainer import run
@@ -263,7 +263,7 @@ def test_mixed_precision_on_a_gpu_reads_no_value_and_crosses_no_device(method, d
         learner = Learner(peers, METHODS[method](task), host.learner.optimizer, host.learner.scaler)
         with Autocast() as watched:
             batch, outputs, losses = Step(mix, "cuda", dtype).forward(learner, *step0)
-            tally.add(losses, outputs.logits_JBK, batch)
+            tally.add(losses, outputs.logits_JBK, batch.target_LBK)
     assert watched.waits == []
     assert watched.conv_dtypes == {dtype}
     assert outputs.logits_JBK.dtype == dtype and outputs.logits_JBK.is_cuda
@@ -369,20 +369,14 @@ def test_a_learner_goes_on_from_its_state_dict(method, precision):
 # The tally
 
 
-def batch_of(target_LBK: Tensor) -> Batch:
-    none_B = torch.zeros(target_LBK.shape[1], dtype=torch.int64)
-    image_VBCHW = torch.zeros(1, len(none_B), 3, 2, 2)
-    return Batch(image_VBCHW, target_LBK, none_B, none_B, epoch=torch.tensor(0.0, dtype=torch.float64))
-
-
 def test_a_tally_reads_means_since_the_last_reading():
-    tally, batch = Tally([]), batch_of(torch.eye(3)[None])
+    tally, target_LBK = Tally([]), torch.eye(3)[None]
     assert tally.read() == {}
     for ce, kl in ((1.0, 5.0), (2.0, 7.0)):
-        tally.add({"ce": torch.tensor(ce), "kl": torch.tensor(kl)}, torch.eye(3)[None], batch)
+        tally.add({"ce": torch.tensor(ce), "kl": torch.tensor(kl)}, torch.eye(3)[None], target_LBK)
     assert tally.read() == {"ce": 1.5, "kl": 6.0, "total": 7.5, "top1": 100.0}
     assert tally.read() == {}
-    tally.add({"ce": torch.tensor(4.0)}, torch.eye(3)[None], batch)
+    tally.add({"ce": torch.tensor(4.0)}, torch.eye(3)[None], target_LBK)
     assert tally.read() == {"ce": 4.0, "total": 4.0, "top1": 100.0}
 
 
@@ -390,14 +384,14 @@ def test_a_guess_counts_by_its_share_of_the_target():
     target_BK = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.7, 0.3]])
     first, second = torch.eye(3)[[0, 2]], torch.eye(3)[[2, 1]]
     tally = Tally([])
-    tally.add({}, torch.stack([first, second]), batch_of(target_BK[None]))
+    tally.add({}, torch.stack([first, second]), target_BK[None])
     assert tally.read()["top1"] == pytest.approx(100 * (0.7 + 0.3 + 0.0 + 0.7) / 4)
 
 
 def test_peers_with_targets_of_their_own_are_measured_by_them():
     one, two = torch.eye(3)[[0, 1]], torch.eye(3)[[2, 1]]
     tally = Tally([])
-    tally.add({}, torch.stack([one, one]), batch_of(torch.stack([one, two])))
+    tally.add({}, torch.stack([one, one]), torch.stack([one, two]))
     assert tally.read()["top1"] == pytest.approx(75)
 
 
