@@ -306,6 +306,7 @@ def ours(name: str, case: Case) -> Iterator[Batches]:
     )
     mix = MixBatch(mean=data.mean, std=data.std, size=size, num_classes=len(data.classes)).to(case.device)
     if on_gpu:
+        torch._dynamo.reset()  # it compiles no function more than a few times a process, then it is eager
         mix.compile(dynamic=False)
 
     def batches() -> Batches:

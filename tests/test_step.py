@@ -7,19 +7,15 @@ import oracle
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from cutnmix.models import NETWORKS
-from cutnmix.models.peers import Outputs, Peers
+from cutnmix.models.peers import Outputs
 from cutnmix.pipeline.batch import Views
-from cutnmix.pipeline.mix import MixBatch
 from cutnmix.pipeline.plan import Draws
 from cutnmix.trainer import run
 from cutnmix.trainer.build import Parts, build
 from cutnmix.trainer.config import load_config
-from cutnmix.trainer.method import Task
-from cutnmix.trainer.methods import METHODS
 from cutnmix.trainer.step import Learner, Step, Tally
 
 EACH = pytest.mark.parametrize("method", ["baseline", "dml", "cutnmix"])  # the others: test_methods.py
@@ -231,44 +227,6 @@ def test_a_training_step_reads_no_value(method, precision):
         for s, views in enumerate(parts.loader.epoch(plan)):
             parts.step.train(parts.learner, views, plan.step(s), tally, lr=LR, share=1.0, update=True)
     assert watched.waits == []
-
-
-class Autocast(oracle.Dispatches):
-    """Also notes the dtypes that convolutions compute in."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv_dtypes: set[torch.dtype] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = super().__torch_dispatch__(func, types, args, kwargs)
-        if func is torch.ops.aten.convolution.default:
-            self.conv_dtypes.add(made.dtype)
-        return made
-
-
-@EACH
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mixed_precision_on_a_gpu_reads_no_value_and_crosses_no_device(method, dtype, monkeypatch):
-    """Forward, losses and tally on fake CUDA tensors, where reading a value raises. They have no backward pass."""
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
-    host, tally = parts_of(), Tally([])
-    step0: list = [*batches(host)[0]]
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
-        step0 = [x._replace(**{k: t.to("cuda") for k, t in x._asdict().items() if torch.is_tensor(t)}) for x in step0]
-        mix = MixBatch(mean=(0.5,) * 3, std=(0.5,) * 3, size=(32, 32), num_classes=4, dtype=dtype)
-        peers = Peers(["normed"] * 2, num_classes=4, seed=0)
-        task = Task(2, 4, peers.feature_dims, None, num_images=24, epochs=1, peers=peers)
-        learner = Learner(peers, METHODS[method](task), host.learner.optimizer, host.learner.scaler)
-        with Autocast() as watched:
-            batch, outputs, losses = Step(mix, "cuda", dtype).forward(learner, *step0)
-            tally.add(losses, outputs.logits_JBK, batch.target_LBK)
-    assert watched.waits == []
-    assert watched.conv_dtypes == {dtype}
-    assert outputs.logits_JBK.dtype == dtype and outputs.logits_JBK.is_cuda
-    assert all(loss.dtype == torch.float32 and loss.is_cuda for loss in losses.values())
-    assert tally.sums is not None and tally.sums.is_cuda
 
 
 # Cost
