@@ -97,9 +97,7 @@ def build(config: Config) -> Parts:
     learner = _learner(config, splits.train, setting)
     step = _step(config, splits.train, setting, graphed=config.images_per_step if setting.compile == "graph" else None)
     test_step = _step(config, splits.test, setting)
-    compile_modules(
-        setting.compile, setting.device, *learner.peers.compile_units(), learner.method, step.mix, test_step.mix
-    )
+    compile_modules(setting.compile, *learner.peers.compile_units(), learner.method, step.mix, test_step.mix)
     on_gpu = setting.device.type == "cuda"
     threads = config.loader.threads or (min(8, torch.get_num_threads()) if on_gpu else 1)
 

@@ -49,16 +49,13 @@ def choose(config: Config) -> Setting:
     return Setting(device, dtype, grain, notes)
 
 
-def compile_modules(grain: str, device: torch.device, *modules: nn.Module) -> None:
+def compile_modules(grain: str, *modules: nn.Module) -> None:
     """Compile each module in place where the grain is `peers` or `graph`; state dict keys stay as they are."""
     if grain == "none":
         return
-    if device.type == "cuda" and torch.__version__.startswith("2.14"):
-        # Inductor 2.14 decides the layout of backward graphs without seeing their convolutions, and copies
-        # NHWC <-> NCHW around each (pytorch#189239).
-        import torch._inductor.config as inductor
-
-        inductor.force_layout_optimization = True
+    # Dynamo compiles one function 8 times, then runs it eagerly. All networks share theirs, and each architecture needs
+    # four: training and evaluation, whole batches and the last.
+    torch._dynamo.config.recompile_limit = 64
     if grain in ("peers", "graph"):
         for module in modules:
             module.compile(dynamic=False)

@@ -3,6 +3,7 @@
 No branch on the method, and no host synchronisation: what is logged stays on the device until somebody reads it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +89,9 @@ class Step:
     ):
         self.mix, self.device_type, self.dtype = mix, device_type, dtype
         self._forward = torch.compile(self.forward, dynamic=False) if compiled else self.forward
-        self._gradients = self.gradients if graphed is None else Graphed(self.gradients, graphed)
+        self._gradients: Callable[..., tuple[dict[str, Tensor], Tensor, Tensor]] = (
+            self.gradients if graphed is None else Graphed(self.gradients, graphed)
+        )
         self._keeps_gradients = graphed is not None  # a graph adds to them where they are
 
     def predict(self, learner: Learner, views: Views, draws: Draws) -> tuple[Batch, Outputs]:
