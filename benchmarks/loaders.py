@@ -305,6 +305,7 @@ def ours(name: str, compiled: bool, case: Case) -> Iterator[Batches]:
     )
     mix = MixBatch(mean=data.mean, std=data.std, size=size, num_classes=len(data.classes)).to(case.device)
     if compiled or case.device.type == "cuda":
+        torch._dynamo.reset()  # it compiles no function more than a few times a process, then it is eager
         mix.compile(dynamic=False)
 
     def batches() -> Batches:

@@ -119,6 +119,7 @@ def _bytes(count: int, batch: int, device: torch.device) -> dict[str, Call | Non
     cutnmix = CutnMix(count, num_classes=NUM_CLASSES, data_keys=["input", "class"])
     mix_batch = MixBatch(mean=MEAN, std=STD, size=SIZE, num_classes=NUM_CLASSES).to(device)
     if device.type == "cuda":
+        torch._dynamo.reset()  # as in loaders.py
         mix_batch.compile(dynamic=False)  # as a training run has it there; what it dispatches is not counted then
     views = Views(pixel_VBHWC.permute(0, 1, 4, 2, 3), None, label_B, torch.arange(batch, device=device))
     plan = _plan(count, batch).to(device)

@@ -46,6 +46,8 @@ def keys(root: Path | None, network: str, batch: int, count: int, device: torch.
 @contextmanager
 def training(overrides: list[str], *, replay: bool = False) -> Iterator[STEP]:
     """What does one training step: data, forward, losses, backward, update. `replay`: on one batch, mixed before."""
+    torch._dynamo.reset()  # it compiles no function more than a few times a process, then it is eager without a word
+    torch.backends.cudnn.benchmark = True  # as a run has it
     parts = build(load_config("quickstart", overrides))
     step, batches = parts.step, _batches(parts)
     if replay:
@@ -160,6 +162,7 @@ def lineage(
 
 LINEAGE, OURS, OURS_FP32 = "DML the plain way", "cutnmix DML", "cutnmix DML in float32"
 REPLAYED, TOTALS = "cutnmix, replayed batch", {"cutnmix, resident": "resident", "cutnmix, dali": "dali"}
+GRAPH = "cutnmix, resident, compile=graph"  # on a GPU
 NOTES = [
     "images/s counts the images of a batch, each of which every peer sees. A replayed batch is mixed and ready: its "
     "step has no loader, no plan and no mix. Of CIFAR-100 the first 100 images a class.",
@@ -192,6 +195,7 @@ def measure(
         ways: dict[str, AbstractContextManager[STEP]] = {
             REPLAYED: training(config(method, "loader=resident"), replay=True),
             **{name: training(config(method, f"loader={loader}")) for name, loader in there.items()},
+            **({GRAPH: training(config(method, "loader=resident", "compile=graph"))} if device.type == "cuda" else {}),
             LINEAGE: lineage(data, network, batch, count, device),
             OURS: training(config(*dml)),
             OURS_FP32: training(config(*dml, "precision=fp32")),

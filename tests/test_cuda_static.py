@@ -4,23 +4,16 @@ Fake tensors raise where a value would be read (`.item()`, a bool, a mask's nonz
 `oracle.Dispatches` catches the copies between devices that they let through.
 """
 
-import contextlib
-import importlib.util
-import re
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import kornia.augmentation as K
 import oracle
 import pytest
 import torch
+from lowering import ARCHS, kernels, launches, library_calls, lowered, lowers
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from cutnmix.pipeline.boxes import BOX_RULES
 from cutnmix.pipeline.cutnmix import CutnMix
@@ -157,165 +150,35 @@ def test_a_plan_goes_to_the_gpu_without_waiting_and_once(name, fake, monkeypatch
     assert "_to_copy" not in watched.calls
 
 
-# Lowered by Inductor to Triton for sm_90 and compiled to cubin, with no driver. Patches internals of torch 2.14.
-
-H100 = types.SimpleNamespace(
-    name="NVIDIA H100", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, warp_size=32,
-    regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, max_threads_per_block=1024,
-    shared_memory_per_block=49152, shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472,
-    L2_cache_size=50 << 20, gcnArchName="", clock_rate=1980000, memory_clock_rate=2619000, memory_bus_width=5120,
-    is_integrated=0,
-)  # fmt: skip
-
-
-@contextlib.contextmanager
-def pretended_h100() -> Iterator[None]:
-    """torch and Triton believe that device 0 is an H100."""
-    from torch._dynamo.device_interface import CudaInterface
-    from torch._inductor.runtime import triton_helpers
-    from torch._inductor.runtime.hints import DeviceProperties
-    from torch._inductor.utils import get_gpu_type
-    from torch.utils._triton import has_triton, triton_backend
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    triton_driver = types.SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device=0: 0,
-        get_active_torch_device=lambda: torch.device("cuda", 0),
-        get_device_interface=lambda: torch.cuda,
-    )
-    answers = dict(
-        is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0, _lazy_init=lambda: None,
-        get_device_properties=lambda device=None: H100, get_device_capability=lambda device=None: (9, 0),
-        _get_device_properties=lambda device: H100, get_device_name=lambda device=None: H100.name,
-        set_device=lambda device: None, synchronize=lambda device=None: None, is_bf16_supported=lambda *_, **__: True,
-        _exchange_device=lambda device: 0, _maybe_exchange_device=lambda device: 0,
-        get_rng_state=lambda device=None: torch.zeros(16, dtype=torch.uint8), set_rng_state=lambda *_: None,
-    )  # fmt: skip
-    with contextlib.ExitStack() as patches:
-        for name, answer in answers.items():
-            patches.enter_context(mock.patch.object(torch.cuda, name, answer, create=True))
-        for target, name, answer in (
-            (CudaInterface, "is_available", staticmethod(lambda: True)),
-            (CudaInterface.Worker, "get_device_properties", staticmethod(lambda device=None: H100)),
-            (CudaInterface.Worker, "current_device", staticmethod(lambda: 0)),
-            (triton_helpers, "set_driver_to_gpu", lambda: None),
-            (driver, "_active", triton_driver),
-        ):
-            patches.enter_context(mock.patch.object(target, name, answer))
-        remembered = (
-            has_triton,
-            triton_backend,
-            get_gpu_type,
-            DeviceProperties.create,
-        )  # across the tests of a process
-        for answer in remembered:
-            patches.callback(answer.cache_clear)
-            answer.cache_clear()
-        yield
-
-
-def lowered(function: Callable[..., Any], arguments: tuple, fake: FakeTensorMode) -> str:
-    """The wrapper code that Inductor writes for a function of (nested tuples of) fake CUDA tensors."""
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
-    from torch._inductor.exc import InductorError
-    from torch._inductor.graph import GraphLowering
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    leaves, spec = pytree.tree_flatten(arguments)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    sources: list[str] = []
-
-    def flat(*given: Tensor) -> list[Tensor]:
-        rest = iter(given)
-        called = pytree.tree_unflatten([next(rest) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
-        return [leaf for leaf in pytree.tree_leaves(function(*called)) if isinstance(leaf, Tensor)]
-
-    def write(graph: GraphLowering) -> None:
-        sources.append(graph.codegen()[0].value)
-        raise RuntimeError("Written: without a GPU it cannot be loaded")
-
-    with pretended_h100(), torch._guards.tracing(torch._guards.TracingContext(fake)):
-        graph = make_fx(flat, decomposition_table=select_decomp_table(), tracing_mode="real")(*tensors)
-        with (
-            mock.patch.object(GraphLowering, "_compile_to_module", write),
-            config.patch(fx_graph_cache=False, compile_threads=1),
-            pytest.raises(InductorError, match="Written"),
-        ):
-            compile_fx_inner(graph, tensors)
-    return sources[0]
-
-
-def kernels(source: str, folder: Path) -> list[dict[str, Any]]:
-    """What Triton's compiler makes for sm_90 of every kernel in Inductor's code."""
-    import triton
-    from torch._inductor.runtime import triton_heuristics
-    from triton.backends.compiler import GPUTarget
-
-    compiled = []
-    for name, body in re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", source, re.S):
-        found: dict[str, Any] = {}
-
-        def heuristic(*_: Any, found: dict[str, Any] = found, **arguments: Any):
-            return lambda function: found.update(arguments, function=function)
-
-        path = folder / f"{name}.py"
-        path.write_text(body)
-        with pretended_h100(), contextlib.ExitStack() as patches:
-            for kind in ("pointwise", "reduction", "persistent_reduction"):
-                patches.enter_context(mock.patch.object(triton_heuristics, kind, heuristic))
-            spec = importlib.util.spec_from_file_location(name, path)
-            spec.loader.exec_module(importlib.util.module_from_spec(spec))
-            signature = dict(found["triton_meta"]["signature"])
-            block = {"XBLOCK": 32 if len(found["size_hints"]) > 1 else 256, "YBLOCK": 32, "R0_BLOCK": 256}
-            constants = {key: block.get(key, 1) for key, kind in signature.items() if kind == "constexpr"}
-            constants |= found["triton_meta"].get("constants", {})
-            (attributes,) = found["triton_meta"]["configs"]
-            tree = triton.compiler.ASTSource(found["function"], signature, constants, attributes)
-            compiled.append(triton.compile(tree, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm)
-    return compiled
-
-
-lowers = pytest.mark.skipif(
-    torch.cuda.is_available() or importlib.util.find_spec("triton") is None,
-    reason="with a GPU the real thing is tested, and without Triton there is none",
-)
+# Lowered by Inductor to Triton and compiled to cubin: see lowering.py.
 
 
 @lowers
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("distort", "name", "second"),
+    ("distort", "name", "second", "alone", "whole", "library"),
     [
-        (Distort(), "cutnmix", None),
-        (Distort(cutout=8), "cutnmix", "class"),
-        (Distort(colour=COLOUR), "mixup", "image"),
-        (Distort(rotation=30.0, colour=COLOUR, cutout=8), "cutnmix", None),
-        (Distort(cutout=8), "mixup", None),
-        (Distort(), "cutout", "image"),
+        (Distort(), "cutnmix", None, 1, 1, []),  # the paper's recipe
+        (Distort(), "cutmix", None, 1, 1, []),
+        (Distort(), "none", None, 1, 1, []),
+        (Distort(), "cutout", None, 1, 1, []),
+        (Distort(), "mixup", None, 2, 2, []),
+        (Distort(cutout=8), "cutnmix", None, 2, 2, []),
+        (Distort(cutout=8), "cutnmix", "class", 2, 2, []),
+        (Distort(), "cutout", "image", 1, 1, []),
+        (Distort(colour=COLOUR), "mixup", "image", 2, 4, ["bmm"]),
+        (Distort(rotation=30.0, colour=COLOUR, cutout=8), "cutnmix", None, 2, 5, ["bmm", "bmm"]),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_mix_lowers_to_few_kernels_that_compile(distort, name, second, fake, tmp_path):
+@ARCHS
+def test_mix_alone_and_with_the_distortions_lowers_to_few_kernels_that_compile(
+    arch, distort, name, second, alone, whole, library, fake, tmp_path
+):
+    """With the options that MixBatch.compile sets."""
     loader, mix, draws = build(distort, name, second=second)
-    source = lowered(mix, (loader.views(draws).made(), draws), fake)
-    made = kernels(source, tmp_path)
-    assert 1 <= len(made) <= 3
-    assert all("cubin" in assembly for assembly in made)
-    assert "extern_kernels." not in source
-
-
-@lowers
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("distort", [Distort(), Distort(cutout=8)], ids=["crop flip", "cutout"])
-def test_gather_crop_flip_and_mix_lower_to_few_kernels_that_compile(distort, fake, tmp_path):
-    loader, mix, draws = build(distort)
-    source = lowered(lambda draws: mix(loader.views(draws), draws), (draws,), fake)
-    made = kernels(source, tmp_path)
-    assert 1 <= len(made) <= 5
-    assert all("cubin" in assembly for assembly in made)
-    assert "extern_kernels." not in source
+    views = loader.views(draws)
+    for given, expected, calls in ((views.made(), alone, []), (views, whole, library)):
+        source = lowered(mix, (given, draws), fake, arch, combo_kernels=True)
+        assert all("cubin" in assembly for assembly in kernels(source, tmp_path, arch))
+        assert (launches(source), library_calls(source)) == (expected, calls)

@@ -5,6 +5,7 @@ import sysconfig
 
 import pytest
 import torch
+from tasks import tiny
 from torch import Tensor, nn
 
 from cutnmix.models import NETWORKS
@@ -148,6 +149,22 @@ class Tiny(nn.Module):
     def forward(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         feature_BD = self.norm(self.conv(image_BCHW)).relu().mean((2, 3))
         return self.head(feature_BD), feature_BD
+
+
+def test_peers_of_several_architectures_are_all_compiled(monkeypatch):
+    """Each in four ways: training and evaluation, a whole batch and the last. Dynamo's own limit is 8."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    nets = [tiny(10, width) for width in (4, 5, 6)]
+    device.compile_modules("peers", nn.Identity())
+    for net in nets:
+        net.compile(backend="eager", dynamic=False)
+        for training in (True, False):
+            for size in (3, 2):
+                with torch.set_grad_enabled(training):
+                    net.train(training)(torch.rand(size, 3, 8, 8))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4 * len(nets)
 
 
 @pytest.mark.slow

@@ -7,20 +7,15 @@ import oracle
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from cutnmix.models import NETWORKS
-from cutnmix.models.peers import Outputs, Peers
-from cutnmix.pipeline.batch import Batch, Views
-from cutnmix.pipeline.mix import MixBatch
+from cutnmix.models.peers import Outputs
+from cutnmix.pipeline.batch import Views
 from cutnmix.pipeline.plan import Draws
 from cutnmix.trainer import run
 from cutnmix.trainer.build import Parts, build
 from cutnmix.trainer.config import load_config
-from cutnmix.trainer.method import Task
-from cutnmix.trainer.methods import METHODS
 from cutnmix.trainer.step import Learner, Step, Tally
 
 EACH = pytest.mark.parametrize("method", ["baseline", "dml", "cutnmix"])  # the others: test_methods.py
@@ -234,44 +229,6 @@ def test_a_training_step_reads_no_value(method, precision):
     assert watched.waits == []
 
 
-class Autocast(oracle.Dispatches):
-    """Also notes the dtypes that convolutions compute in."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv_dtypes: set[torch.dtype] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = super().__torch_dispatch__(func, types, args, kwargs)
-        if func is torch.ops.aten.convolution.default:
-            self.conv_dtypes.add(made.dtype)
-        return made
-
-
-@EACH
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_mixed_precision_on_a_gpu_reads_no_value_and_crosses_no_device(method, dtype, monkeypatch):
-    """Forward, losses and tally on fake CUDA tensors, where reading a value raises. They have no backward pass."""
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
-    host, tally = parts_of(), Tally([])
-    step0: list = [*batches(host)[0]]
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
-        step0 = pytree.tree_map_only(Tensor, lambda t: t.to("cuda"), step0)
-        mix = MixBatch(mean=(0.5,) * 3, std=(0.5,) * 3, size=(32, 32), num_classes=4, dtype=dtype)
-        peers = Peers(["normed"] * 2, num_classes=4, seed=0)
-        task = Task(2, 4, peers.feature_dims, None, num_images=24, epochs=1, peers=peers)
-        learner = Learner(peers, METHODS[method](task), host.learner.optimizer, host.learner.scaler)
-        with Autocast() as watched:
-            batch, outputs, losses = Step(mix, "cuda", dtype).forward(learner, *step0)
-            tally.add(losses, outputs.logits_JBK, batch)
-    assert watched.waits == []
-    assert watched.conv_dtypes == {dtype}
-    assert outputs.logits_JBK.dtype == dtype and outputs.logits_JBK.is_cuda
-    assert all(loss.dtype == torch.float32 and loss.is_cuda for loss in losses.values())
-    assert tally.sums is not None and tally.sums.is_cuda
-
-
 # Cost
 
 
@@ -370,20 +327,14 @@ def test_a_learner_goes_on_from_its_state_dict(method, precision):
 # The tally
 
 
-def batch_of(target_LBK: Tensor) -> Batch:
-    none_B = torch.zeros(target_LBK.shape[1], dtype=torch.int64)
-    image_VBCHW = torch.zeros(1, len(none_B), 3, 2, 2)
-    return Batch(image_VBCHW, target_LBK, none_B, none_B, epoch=torch.tensor(0.0, dtype=torch.float64))
-
-
 def test_a_tally_reads_means_since_the_last_reading():
-    tally, batch = Tally([]), batch_of(torch.eye(3)[None])
+    tally, target_LBK = Tally([]), torch.eye(3)[None]
     assert tally.read() == {}
     for ce, kl in ((1.0, 5.0), (2.0, 7.0)):
-        tally.add({"ce": torch.tensor(ce), "kl": torch.tensor(kl)}, torch.eye(3)[None], batch)
+        tally.add({"ce": torch.tensor(ce), "kl": torch.tensor(kl)}, torch.eye(3)[None], target_LBK)
     assert tally.read() == {"ce": 1.5, "kl": 6.0, "total": 7.5, "top1": 100.0}
     assert tally.read() == {}
-    tally.add({"ce": torch.tensor(4.0)}, torch.eye(3)[None], batch)
+    tally.add({"ce": torch.tensor(4.0)}, torch.eye(3)[None], target_LBK)
     assert tally.read() == {"ce": 4.0, "total": 4.0, "top1": 100.0}
 
 
@@ -391,14 +342,14 @@ def test_a_guess_counts_by_its_share_of_the_target():
     target_BK = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.7, 0.3]])
     first, second = torch.eye(3)[[0, 2]], torch.eye(3)[[2, 1]]
     tally = Tally([])
-    tally.add({}, torch.stack([first, second]), batch_of(target_BK[None]))
+    tally.add({}, torch.stack([first, second]), target_BK[None])
     assert tally.read()["top1"] == pytest.approx(100 * (0.7 + 0.3 + 0.0 + 0.7) / 4)
 
 
 def test_peers_with_targets_of_their_own_are_measured_by_them():
     one, two = torch.eye(3)[[0, 1]], torch.eye(3)[[2, 1]]
     tally = Tally([])
-    tally.add({}, torch.stack([one, one]), batch_of(torch.stack([one, two])))
+    tally.add({}, torch.stack([one, one]), torch.stack([one, two]))
     assert tally.read()["top1"] == pytest.approx(75)
 
 

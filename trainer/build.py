@@ -95,13 +95,9 @@ def build(config: Config) -> Parts:
         )
     notes = [*setting.notes, *_checked_networks(config, splits.train)]
     learner = _learner(config, splits.train, setting)
-    step, test_step = (
-        Step(_mix(config, split, setting), setting.device.type, setting.dtype, compiled=setting.compile == "step")
-        for split in splits
-    )
-    compile_modules(
-        setting.compile, setting.device, *learner.peers.compile_units(), learner.method, step.mix, test_step.mix
-    )
+    step = _step(config, splits.train, setting, graphed=config.images_per_step if setting.compile == "graph" else None)
+    test_step = _step(config, splits.test, setting)
+    compile_modules(setting.compile, *learner.peers.compile_units(), learner.method, step.mix, test_step.mix)
     on_gpu = setting.device.type == "cuda"
     threads = config.loader.threads or (min(8, torch.get_num_threads()) if on_gpu else 1)
 
@@ -130,8 +126,8 @@ def build(config: Config) -> Parts:
     )
 
 
-def _mix(config: Config, split: Dataset, setting: Setting) -> MixBatch:
-    return MixBatch(
+def _step(config: Config, split: Dataset, setting: Setting, graphed: int | None = None) -> Step:
+    mix = MixBatch(
         mean=split.mean,
         std=split.std,
         size=view_size(split, config.distort),
@@ -139,6 +135,7 @@ def _mix(config: Config, split: Dataset, setting: Setting) -> MixBatch:
         dtype=setting.dtype,
         channels_last=config.channels_last,
     ).to(setting.device)
+    return Step(mix, setting.device.type, setting.dtype, compiled=setting.compile == "step", graphed=graphed)
 
 
 def _checked_networks(config: Config, train: Dataset) -> list[str]:

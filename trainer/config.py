@@ -139,7 +139,7 @@ class Config(_Group):
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     channels_last: bool = True
-    compile: Literal["auto", "none", "peers", "step"] = "auto"
+    compile: Literal["auto", "none", "peers", "step", "graph"] = "auto"  # see trainer/device.py
     deterministic: bool = False
     resume: Literal["never", "auto"] = "never"
     log_every: Annotated[int, Field(ge=1)] = 50  # steps

@@ -19,7 +19,7 @@ class Setting(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype  # of autocast; float32 means none
-    compile: str  # none, peers or step
+    compile: str  # none, peers, step or graph
     notes: list[str]  # lines for the user about what could not be had
 
 
@@ -28,10 +28,10 @@ def choose(config: Config) -> Setting:
 
     Precision: bf16 where the hardware multiplies it, else fp16 on a GPU and fp32 on a CPU. Compile: one graph a peer on
     a GPU (compile time does not grow with J; chosen without a GPU to measure on); nothing on a CPU, where compiling
-    takes most of a minute and gains little.
+    takes most of a minute and gains little. `graph` is `peers`, captured (see graph.py): not measured yet, so not auto.
 
     Raises:
-        ConfigError: for a device that is not there.
+        ConfigError: for a device that is not there, or a CUDA graph on another one than CUDA.
     """
     device = _device(config.device)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -39,23 +39,24 @@ def choose(config: Config) -> Setting:
     grain, notes = config.compile, []
     if grain == "auto":
         grain = "peers" if device.type == "cuda" else "none"
+    if grain == "graph" and device.type != "cuda":
+        raise ConfigError(
+            f"compile: graph needs a CUDA device, and this run is on {device}; write auto, none, peers or step"
+        )
     if grain != "none" and (missing := _missing_compiler(device)):
         notes.append(f"torch.compile needs {missing}, which is not here: running eagerly, with the same results")
         grain = "none"
     return Setting(device, dtype, grain, notes)
 
 
-def compile_modules(grain: str, device: torch.device, *modules: nn.Module) -> None:
-    """Compile each module in place where the grain is `peers`; state dict keys stay as they are."""
+def compile_modules(grain: str, *modules: nn.Module) -> None:
+    """Compile each module in place where the grain is `peers` or `graph`; state dict keys stay as they are."""
     if grain == "none":
         return
-    if device.type == "cuda" and torch.__version__.startswith("2.14"):
-        # Inductor 2.14 decides the layout of backward graphs without seeing their convolutions, and copies
-        # NHWC <-> NCHW around each (pytorch#189239).
-        import torch._inductor.config as inductor
-
-        inductor.force_layout_optimization = True
-    if grain == "peers":
+    # Dynamo compiles one function 8 times, then runs it eagerly. All networks share theirs, and each architecture needs
+    # four: training and evaluation, whole batches and the last.
+    torch._dynamo.config.recompile_limit = 64
+    if grain in ("peers", "graph"):
         for module in modules:
             module.compile(dynamic=False)
 

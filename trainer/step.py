@@ -3,6 +3,7 @@
 No branch on the method, and no host synchronisation: what is logged stays on the device until somebody reads it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch, Views
 from cutnmix.pipeline.mix import MixBatch
 from cutnmix.pipeline.plan import Draws
+from cutnmix.trainer.graph import Graphed
 
 
 @dataclass
@@ -45,11 +47,11 @@ class Tally:
     sums: Tensor | None = None
     steps: int = 0
 
-    def add(self, losses: dict[str, Tensor], logits_JBK: Tensor, batch: Batch) -> None:
+    def add(self, losses: dict[str, Tensor], logits_JBK: Tensor, target_LBK: Tensor) -> None:
         """Add one step. Under a mix, predicting a class counts by its share of the target, so lam-weighted top-1."""
         self.names = [*losses, "top1"]
         guess_JB1 = logits_JBK.detach().argmax(-1, keepdim=True)
-        target_JBK = batch.target_LBK.expand(logits_JBK.shape[0], -1, -1)
+        target_JBK = target_LBK.expand(logits_JBK.shape[0], -1, -1)
         hit = 100 * target_JBK.gather(-1, guess_JB1).mean()
         values = torch.stack([*(loss.detach().float() for loss in losses.values()), hit])
         self.sums = values if self.sums is None else self.sums + values
@@ -73,11 +75,24 @@ class Step:
         device_type: of autocast.
         dtype: of autocast; float32 means none.
         compiled: compile mix, peers and method as one graph.
+        graphed: captures `gradients` in a CUDA graph, for batches of so many images (see graph.py); None does not.
     """
 
-    def __init__(self, mix: MixBatch, device_type: str, dtype: torch.dtype, *, compiled: bool = False):
+    def __init__(
+        self,
+        mix: MixBatch,
+        device_type: str,
+        dtype: torch.dtype,
+        *,
+        compiled: bool = False,
+        graphed: int | None = None,
+    ):
         self.mix, self.device_type, self.dtype = mix, device_type, dtype
         self._forward = torch.compile(self.forward, dynamic=False) if compiled else self.forward
+        self._gradients: Callable[..., tuple[dict[str, Tensor], Tensor, Tensor]] = (
+            self.gradients if graphed is None else Graphed(self.gradients, graphed)
+        )
+        self._keeps_gradients = graphed is not None  # a graph adds to them where they are
 
     def predict(self, learner: Learner, views: Views, draws: Draws) -> tuple[Batch, Outputs]:
         """One batch through the mix and the peers."""
@@ -95,17 +110,23 @@ class Step:
         """The context of all forwards."""
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
+    def gradients(
+        self, learner: Learner, views: Views, draws: Draws, share: float | Tensor
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Add one batch's gradients, weighed by `share`; returns losses, logits_JBK and target_LBK, without a graph."""
+        batch, outputs, losses = self._forward(learner, views, draws)
+        total = torch.stack(list(losses.values())).sum()
+        learner.scaler.scale(total * share).backward()
+        return {name: loss.detach() for name, loss in losses.items()}, outputs.logits_JBK.detach(), batch.target_LBK
+
     def train(
         self, learner: Learner, views: Views, draws: Draws, tally: Tally, *, lr: float, share: float, update: bool
     ) -> None:
         """One batch's gradients, weighed by `share` (1 / the batches of this update); then the update, if it is due."""
-        batch, outputs, losses = self._forward(learner, views, draws)
-        total = torch.stack(list(losses.values())).sum()
-        learner.scaler.scale(total * share).backward()
-        tally.add(losses, outputs.logits_JBK, batch)
+        tally.add(*self._gradients(learner, views, draws, share))
         if update:
             for group in learner.optimizer.param_groups:
                 group["lr"] = lr
             learner.scaler.step(learner.optimizer)
             learner.scaler.update()
-            learner.optimizer.zero_grad(set_to_none=True)
+            learner.optimizer.zero_grad(set_to_none=not self._keeps_gradients)
