@@ -3,9 +3,13 @@
 One graph for both devices. It owns no random operator: offsets, flips, regions, angles and colours come in from the
 plan by external source, as per-sample arguments. Images leave as HWC bytes, so `permute` makes them channels_last
 without a copy, and normalisation is left to the mix, which writes floats once.
+
+Image files, alone or in tar shards, are read as they are by threads that work ahead of DALI, which decodes them. An
+EXIF orientation is ignored, as by torchvision's data sets and so by the figures published with them. A second view of
+the same image (the plan's `second`) is one view more of one decode.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,8 +18,10 @@ import torch
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from torch import Tensor
 
+from cutnmix.pipeline.ahead import ahead
 from cutnmix.pipeline.batch import Views
-from cutnmix.pipeline.datasets import DataError, Dataset, first_undecodable
+from cutnmix.pipeline.check import undecodable
+from cutnmix.pipeline.datasets import DataError, Dataset
 from cutnmix.pipeline.distort import (
     beside_mirror,
     colour_matrix,
@@ -49,7 +55,7 @@ class DaliLoader:
         num_views: V.
         batch_size: B, the most that a plan's step holds.
         num_threads: DALI's CPU threads.
-        prefetch: batches that DALI works ahead.
+        prefetch: batches that DALI works ahead; as many more files are read ahead of that.
 
     Raises:
         DataError: while iterating, naming the first image file that does not decode.
@@ -78,29 +84,35 @@ class DaliLoader:
             self._source_NHWC = padded_NHWC if distort.rotation else beside_mirror(padded_NHWC)
         self._feed: Iterator[list] = iter(())
         self._started = False
+        self._prefetch, self._num_threads, self._batch_size = prefetch, num_threads, batch_size
         # Part of a run's cost is fixed, so that batches of small images go through the graph several at a time.
         self._steps_per_read = max(1, _READ // batch_size) if dataset.in_memory else 1
+        self._pairs = False  # whether each image read is for two positions of a step, the second views' included
+        self._iterator = self._build()
+
+    def _build(self) -> Any:
         on_gpu = self.device.type == "cuda"
+        views = self.num_views * (1 + self._pairs)
         pipeline = _graph(
             self._next_feed,
-            dataset.in_memory,
-            distort,
+            self.dataset.in_memory,
+            self.distort,
             self.size,
-            num_views,
+            views,
             on_gpu,
-            batch_size=self._steps_per_read * batch_size,
-            num_threads=num_threads,
+            batch_size=self._steps_per_read * self._batch_size,
+            num_threads=self._num_threads,
             device_id=(self.device.index or 0) if on_gpu else None,
-            prefetch_queue_depth=prefetch,
+            prefetch_queue_depth=self._prefetch,
         )
-        names = [f"view{v}" for v in range(num_views)]
         # prepare_first_batch would run the graph before there is a plan to run.
-        self._iterator = DALIGenericIterator(pipeline, names, prepare_first_batch=False)
+        return DALIGenericIterator(pipeline, [f"view{v}" for v in range(views)], prepare_first_batch=False)
 
     def epoch(self, plan: Plan, start: int = 0) -> Iterator[Views]:
         """The views of steps start, start + 1, ... of a plan. An epoch left early costs nothing but its prefetch."""
-        feed = self._reads(plan.to("cpu"), start)
-        self._start(feed)
+        on_host = plan.to("cpu")
+        feed = self._reads(on_host, start)
+        self._start(feed, not self.dataset.in_memory and _pairs(on_host))
         step = start
         try:
             for (outputs,) in self._iterator:
@@ -113,23 +125,30 @@ class DaliLoader:
                     if self._feed is not feed:
                         raise RuntimeError("this epoch is over: a later epoch of the same loader has begun")
         except RuntimeError as error:
-            self._name_culprit(error, plan, step)
+            self._name_culprit(error, on_host, step)
             raise
         finally:
             if self._feed is feed:
                 self._feed = iter(())
+            feed.close()
 
-    def _reads(self, plan: Plan, start: int) -> Iterator[list]:
+    def _reads(self, plan: Plan, start: int) -> Generator[list, None, None]:
         """What DALI is fed: `self._steps_per_read` steps at a time."""
-        total, read = len(plan.index_N), self._steps_per_read * plan.batch_size
-        for first in range(start * plan.batch_size, total, read):
-            yield self._read(plan.positions(first, min(first + read, total)))
+        total, size = len(plan.index_N), self._steps_per_read * plan.batch_size
+        spans = ((first, min(first + size, total)) for first in range(start * plan.batch_size, total, size))
+        if self.dataset.in_memory:
+            yield from (self._read(plan.positions(*span)) for span in spans)
+        else:
+            yield from ahead(lambda span: self._read(plan.positions(*span)), spans, depth=self._prefetch)
 
     def _split(self, outputs: dict[str, Tensor], batch_size: int) -> Iterator[Tensor]:
-        """One read's V outputs as (V, B, H, W, C) of each of its steps, contiguous."""
-        views = [outputs[f"view{v}"].split(batch_size) for v in range(self.num_views)]
-        for step_views in zip(*views, strict=True):
-            yield torch.stack(step_views)
+        """One read's outputs as (V, B, H, W, C) of each of its steps, contiguous."""
+        views = list(outputs.values())
+        if self._pairs:
+            batch_size //= 2
+        for step_views in zip(*(view.split(batch_size) for view in views), strict=True):
+            image = torch.stack(step_views)  # (V, B, ...); of pairs (2 V, B / 2, ...), a view's second one after it
+            yield image.view(self.num_views, -1, *image.shape[2:])
 
     def close(self) -> None:
         """Release DALI's threads and buffers."""
@@ -140,11 +159,13 @@ class DaliLoader:
 
     def _read(self, draws: Draws) -> list:
         """One read for the external source: the images, then each view's arguments."""
+        if self._pairs:
+            draws = _as_more_views(draws)
         index_B = draws.index_B.numpy()
         if self.dataset.in_memory:
             feed: list = [self._source_NHWC[index_B]]
         else:
-            feed = [[np.frombuffer(str(self.dataset.files[i]).encode(), dtype=np.int8) for i in index_B]]
+            feed = [[self._encoded(int(i)) for i in index_B]]
         if draws.angle_VB is not None:
             geometry = view_matrix(draws.crop_VB2, draws.flip_VB, draws.angle_VB, self.size)
         elif self.dataset.in_memory:
@@ -152,7 +173,7 @@ class DaliLoader:
         else:
             geometry = draws.flip_VB.int()
         colour_VB34 = None if draws.colour_VB4 is None else colour_matrix(draws.colour_VB4)
-        for v in range(self.num_views):
+        for v in range(len(geometry)):
             if draws.region_VB4 is not None:
                 feed += [column.contiguous().numpy() for column in draws.region_VB4[v].unbind(-1)]
             feed.append(geometry[v].numpy())
@@ -160,26 +181,62 @@ class DaliLoader:
                 feed.append(colour_VB34[v].numpy())
         return feed
 
-    def _start(self, feed: Iterator[list]) -> None:
+    def _encoded(self, i: int) -> np.ndarray:
+        """The bytes of image file i. Of one that cannot be read a byte that is no image: DALI stops at its turn."""
+        try:
+            content = self.dataset.encoded(i)
+        except OSError:
+            content = b""
+        return np.frombuffer(content or bytes(1), dtype=np.uint8)
+
+    def _start(self, feed: Iterator[list], pairs: bool) -> None:
         """Begin a DALI epoch. DALI ignores a reset before it saw the end of the last one, so show it that end first."""
         self._feed = iter(())
         if self._started:
             for _ in self._iterator:  # what was prefetched of an epoch that was left early
                 pass
+        if pairs != self._pairs:
+            self._pairs, self._started = pairs, False
+            self._iterator = self._build()
         self._feed = feed
         if self._started:
             self._iterator.reset()
         self._started = True
 
     def _name_culprit(self, error: RuntimeError, plan: Plan, step: int) -> None:
-        """If an image of the batches in flight does not decode, say which one."""
+        """If an image of the batches in flight does not decode, say which one; DALI is of no more use then."""
         if self.dataset.in_memory:
             return
-        ahead = plan.index_N[step * plan.batch_size : (step + 4) * plan.batch_size].tolist()
-        found = first_undecodable(self.dataset.files[i] for i in ahead)
-        if found is not None:
-            path, reason = found
-            raise DataError(f"{path} does not decode ({reason}): repair or remove it") from error
+        in_flight = plan.index_N[step * plan.batch_size : (step + self._prefetch + 2) * plan.batch_size]
+        for i, reason in undecodable(self.dataset, in_flight.tolist()):
+            self._started, self._iterator = False, self._build()
+            raise DataError(
+                f"{self.dataset.where(i)} does not decode ({reason}): repair or remove it, "
+                f"or leave out all such images by data.corrupt=skip"
+            ) from error
+
+
+def _pairs(plan: Plan) -> bool:
+    """Whether the second views of a plan show the images of the first."""
+    steps = plan.index_N.split(plan.batch_size) if plan.second else ()
+    return bool(steps) and all(torch.equal(*step.chunk(2)) for step in steps)
+
+
+def _as_more_views(draws: Draws) -> Draws:
+    """A step of B images and their B second views as one of B images with twice the views: 0, 0', 1, 1', ..."""
+    size = len(draws.index_B) // 2
+
+    def folded(field: Tensor | None) -> Tensor | None:
+        return None if field is None else field.reshape(-1, size, *field.shape[2:])
+
+    return draws._replace(
+        index_B=draws.index_B[:size],
+        crop_VB2=draws.crop_VB2.reshape(-1, size, 2),
+        flip_VB=draws.flip_VB.reshape(-1, size),
+        region_VB4=folded(draws.region_VB4),
+        colour_VB4=folded(draws.colour_VB4),
+        angle_VB=folded(draws.angle_VB),
+    )
 
 
 def _num_arguments(distort: Distort, in_memory: bool) -> int:
@@ -200,9 +257,10 @@ def _graph(source, in_memory: bool, distort: Distort, size: tuple[int, int], num
     if in_memory:
         image = image.gpu() if on_gpu else image
     else:
-        encoded = fn.io.file.read(image)
-        shape = fn.cast(fn.peek_image_shape(encoded), dtype=types.FLOAT)
-        image = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
+        shape = fn.cast(fn.peek_image_shape(image, adjust_orientation=False), dtype=types.FLOAT)
+        image = fn.decoders.image(
+            image, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False
+        )
     views = []
     for _ in range(num_views):
         view = image

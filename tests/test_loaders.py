@@ -417,7 +417,7 @@ def folder(tmp_path_factory) -> Dataset:
 
 def pil_view(path: Path, size: int, region: Tensor | None, flip: bool) -> np.ndarray:
     """The same view by Pillow: a resized crop of the drawn region, or of the middle 7/8 of the shorter side."""
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    image = Image.open(path).convert("RGB")  # whatever its EXIF orientation, as torchvision reads it
     width, height = image.size
     if region is None:
         box_width = box_height = min(width, height) * 224 / 256
