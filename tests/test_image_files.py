@@ -222,7 +222,7 @@ def test_a_damaged_shard_is_named(damage, tmp_path):
 def test_classes_of_shards_are_checked(tmp_path):
     for half in ("train", "val"):
         write_tar(tmp_path / half / "0.tar", {"a.jpg": JPEG, "a.cls": b"0", "b.jpg": JPEG, "b.cls": b"2"})
-    with pytest.raises(DataError, match="no images in the train shards of .* are of class 1"):
+    with pytest.raises(DataError, match=r"no images in the train shards of .* are of class 1"):
         load_splits("webdataset", tmp_path)
     (tmp_path / "classes.txt").write_text("ant\nbee\n")
     with pytest.raises(DataError, match=r"train/0\.tar: b\.jpg is of class 2, and .*classes\.txt names 2 classes"):
@@ -334,7 +334,7 @@ def kinds() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", sorted(kinds()))
 def test_every_kind_is_what_pillow_reads(name, tmp_path):
-    """As torchvision's loaders have it: convert("RGB") of the first frame, alpha dropped, the EXIF orientation ignored."""
+    """As torchvision's loaders have it: convert("RGB") of the first frame, alpha dropped, EXIF orientation ignored."""
     path = tmp_path / "image.jpg"
     path.write_bytes(kinds()[name])
     with Image.open(path) as opened:
