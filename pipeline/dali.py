@@ -10,6 +10,7 @@ the same image (the plan's `second`) is one view more of one decode.
 """
 
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import nvidia.dali as dali
 import torch
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from torch import Tensor
+from torch.nn import functional as F
 
 from cutnmix.pipeline.ahead import ahead
 from cutnmix.pipeline.batch import Views
@@ -40,6 +42,7 @@ types: Any = dali.types
 pipeline_def: Any = dali.pipeline_def
 
 # The shorter side of a test image is scaled to 256 / 224 of the crop, then the centre is cut out: the field's standard.
+# We cut first, which changes the outermost pixels only.
 _CENTRE_FRACTION = 224 / 256
 
 _READ = 512  # images of one run, for arrays
@@ -100,6 +103,7 @@ class DaliLoader:
             self.size,
             views,
             on_gpu,
+            self._num_threads,
             batch_size=self._steps_per_read * self._batch_size,
             num_threads=self._num_threads,
             device_id=(self.device.index or 0) if on_gpu else None,
@@ -239,67 +243,102 @@ def _as_more_views(draws: Draws) -> Draws:
     )
 
 
+def _num_region(distort: Distort, in_memory: bool) -> int:
+    """How many per-sample arguments tell a view's region: scale, ratio, x, y, or none."""
+    return 0 if in_memory or distort.region == "centre" else 4
+
+
 def _num_arguments(distort: Distort, in_memory: bool) -> int:
-    """How many per-sample arguments a view is fed, in the order in which `_read` feeds and `_graph` takes them."""
-    region = 0 if in_memory or distort.region == "centre" else 4  # scale, ratio, x, y
-    colour = 1 if distort.colour.active else 0  # matrix
-    return region + 1 + colour  # the 1: matrix of a rotation, or start of a crop, or mirror flag
+    """How many per-sample arguments a view is fed, in the order in which `_read` feeds and `_graph` takes them.
+
+    Its region; the matrix of a rotation, or the start of a crop, or the mirror flag; the matrix of the colours.
+    """
+    return _num_region(distort, in_memory) + 1 + (1 if distort.colour.active else 0)
 
 
 @pipeline_def(exec_dynamic=True)
-def _graph(source, in_memory: bool, distort: Distort, size: tuple[int, int], num_views: int, on_gpu: bool):
+def _graph(
+    source, in_memory: bool, distort: Distort, size: tuple[int, int], num_views: int, on_gpu: bool, scalers: int
+):
     """The one graph: read (and decode) once, then V times region, crop, flip or turn, and colour."""
     height, width = size
-    total = 1 + num_views * _num_arguments(distort, in_memory)
+    count = _num_arguments(distort, in_memory)
+    total = 1 + num_views * count
     layout = ["HWC" if in_memory else ""] + [""] * (total - 1)
     image, *fed = fn.external_source(source=source, num_outputs=total, batch=True, layout=layout)
-    shape = None
+    fed = [fed[v * count : (v + 1) * count] for v in range(num_views)]
     if in_memory:
-        image = image.gpu() if on_gpu else image
+        images = num_views * [image.gpu() if on_gpu else image]
     else:
         shape = fn.cast(fn.peek_image_shape(image, adjust_orientation=False), dtype=types.FLOAT)
         image = fn.decoders.image(
             image, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False
         )
+        boxes = [_box(shape[0], shape[1], distort, arguments) for arguments in fed]
+        images = _scaled_by_dali(image, boxes, size) if on_gpu else _scaled_by_torch(image, boxes, size, scalers)
     views = []
-    for _ in range(num_views):
-        view = image
-        if not in_memory:
-            view, fed = _region(view, shape, distort, size, fed)
+    for view, arguments in zip(images, fed, strict=True):
+        geometry, *colour = arguments[_num_region(distort, in_memory) :]
         if distort.rotation:
-            matrix, *fed = fed
-            view = fn.warp_affine(view, matrix=matrix, inverse_map=True, size=size, fill_value=0, dtype=types.FLOAT)
+            view = fn.warp_affine(view, matrix=geometry, inverse_map=True, size=size, fill_value=0, dtype=types.FLOAT)
         elif in_memory:
-            start, *fed = fed
-            view = fn.slice(view, start=start, shape=(width, height), axes=(1, 0))
+            view = fn.slice(view, start=geometry, shape=(width, height), axes=(1, 0))
         else:
-            mirror, *fed = fed
-            view = fn.flip(view, horizontal=mirror)
-        if distort.colour.active:
-            matrix, *fed = fed
+            view = fn.flip(view, horizontal=geometry)
+        for matrix in colour:
             view = fn.coord_transform(view, MT=matrix, dtype=types.FLOAT)
         views.append(view)
     return tuple(views)
 
 
-def _region(image: Any, shape: Any, distort: Distort, size: tuple[int, int], fed: list[Any]) -> tuple[Any, list[Any]]:
-    """The drawn region, or the centre, of an image of any size, scaled to `size`; and the arguments that are left."""
-    full_height, full_width = shape[0], shape[1]
+def _box(full_height: Any, full_width: Any, distort: Distort, arguments: list[Any]) -> Any:
+    """(top, left, height, width) of the drawn region, or of the centre, int32: whole pixels, as torchvision's crops."""
     if distort.region == "random":
-        scale, ratio, at_x, at_y, *fed = fed
+        scale, ratio, at_x, at_y = arguments[:4]
         area = full_height * full_width * scale
-        height = math.min(math.sqrt(area / ratio), full_height)
-        width = math.min(math.sqrt(area * ratio), full_width)
+        height, width = math.sqrt(area / ratio), math.sqrt(area * ratio)
     else:
         height = width = math.min(full_height, full_width) * _CENTRE_FRACTION
         at_x = at_y = 0.5
-    top, left = (full_height - height) * at_y, (full_width - width) * at_x
-    region = fn.resize(
+
+    def part(length: Any, full: Any, at: Any) -> tuple[Any, Any]:
+        length = math.clamp(math.floor(length + 0.5), 1.0, full)
+        return math.floor((full - length) * at + 0.5), length
+
+    (top, height), (left, width) = part(height, full_height, at_y), part(width, full_width, at_x)
+    return fn.cast(fn.stack(top, left, height, width), dtype=types.INT32)
+
+
+def _scaled_by_dali(image: Any, boxes: list[Any], size: tuple[int, int]) -> list[Any]:
+    """The boxes of an image, each cut out and scaled to `size`, bilinear with antialiasing."""
+    parts = [fn.slice(image, start=box[:2], shape=box[2:], axes=(0, 1)) for box in boxes]
+    return [fn.resize(part, size=size, interp_type=types.INTERP_LINEAR, antialias=True) for part in parts]
+
+
+def _scaled_by_torch(image: Any, boxes: list[Any], size: tuple[int, int], scalers: int) -> list[Any]:
+    """The same on a CPU, where torch scales bytes 4 to 15 times as fast as DALI (benchmarks/LOG.md).
+
+    They differ by rounding, and by up to 8 in the outermost pixels: there torch shortens the filter, as Pillow does,
+    and DALI repeats the last pixel.
+    """
+    pool = ThreadPoolExecutor(scalers, thread_name_prefix="scale")
+
+    def views_of(image_HWC: np.ndarray, *box_V4: np.ndarray) -> list[np.ndarray]:
+        image_CHW = torch.from_numpy(image_HWC).permute(2, 0, 1)
+        parts = (image_CHW[None, :, y : y + h, x : x + w] for y, x, h, w in (box.tolist() for box in box_V4))
+        views = (F.interpolate(part, size=size, mode="bilinear", antialias=True) for part in parts)
+        return [view[0].permute(1, 2, 0).numpy() for view in views]
+
+    def batch(images: list[np.ndarray], *boxes_VB: list[np.ndarray]) -> tuple[list[np.ndarray], ...] | list[np.ndarray]:
+        made = [list(views_B) for views_B in zip(*pool.map(views_of, images, *boxes_VB), strict=True)]
+        return tuple(made) if len(made) > 1 else made[0]
+
+    views = fn.python_function(
         image,
-        size=size,
-        roi_start=fn.stack(top, left),
-        roi_end=fn.stack(top + height, left + width),
-        interp_type=types.INTERP_LINEAR,
-        antialias=True,
+        *boxes,
+        function=batch,
+        num_outputs=len(boxes),
+        batch_processing=True,
+        output_layouts=["HWC"] * len(boxes),
     )
-    return region, fed
+    return views if len(boxes) > 1 else [views]

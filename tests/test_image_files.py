@@ -340,11 +340,11 @@ def test_every_kind_is_what_pillow_reads(name, tmp_path):
     with Image.open(path) as opened:
         image = opened.convert("RGB")
     width, height = image.size
-    side = min(width, height) * 224 / 256
-    box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
-    expected = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box), dtype=int)
-    error = np.abs(evaluated(alone(path))[0] - expected)
-    assert error[1:-1, 1:-1].max() <= 2 and error.max() <= 8
+    side = max(1, int(min(width, height) * 224 / 256 + 0.5))
+    left, top = (width - side + 1) // 2, (height - side + 1) // 2
+    centre = image.crop((left, top, left + side, top + side))
+    expected = np.asarray(centre.resize((SIZE, SIZE), Image.Resampling.BILINEAR), dtype=int)
+    assert np.abs(evaluated(alone(path))[0] - expected).max() <= 1
 
 
 def test_16_bits_of_grey_are_scaled_to_8(tmp_path):
@@ -369,7 +369,9 @@ def test_evaluation_is_the_standard_resize_and_centre_crop(tmp_path):
         )
         left, top = (scaled.size[0] - 224) // 2, (scaled.size[1] - 224) // 2
         expected = np.asarray(scaled.crop((left, top, left + 224, top + 224)), dtype=int)
-        assert np.abs(made - expected).max() <= 2, path
+        error = np.abs(made - expected)
+        # We cut before we scale, so that the filter ends at the edge; the standard scales all of the image first.
+        assert error[1:-1, 1:-1].max() <= 2 and error.max() <= 12, path
 
 
 # Bad images
