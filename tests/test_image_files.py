@@ -5,6 +5,7 @@ import itertools
 import os
 import struct
 import tarfile
+import threading
 import zlib
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from cutnmix.pipeline.ahead import ahead
 from cutnmix.pipeline.batch import Views
 from cutnmix.pipeline.datasets import DataError, Dataset, load_splits
+from cutnmix.pipeline.loader import default_threads
 from cutnmix.pipeline.plan import Colour, Distort, Mix, Plan, make_plan
 from cutnmix.pipeline.shards import Members, cache_folder, find_shards, read_members
 from cutnmix.trainer.build import build
@@ -452,6 +455,45 @@ def test_a_class_of_which_no_image_decodes_is_refused(tmp_path):
     train = load_splits("folder", spoilt("folder", tmp_path, dict.fromkeys((3, 4, 5), b""))).train
     with pytest.raises(DataError, match=r"folder/train: no image of class 'bee' decodes: .*/bee/3\.jpg"):
         check.without_corrupt(train)
+
+
+# Threads
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_work_ahead_comes_in_order_and_is_no_further_ahead_than_told(depth):
+    started: list[int] = []
+    for used, made in enumerate(ahead(lambda i: started.append(i) or 10 * i, range(20), depth)):
+        assert made == 10 * used
+        assert len(started) <= used + depth + 1
+    assert sorted(started) == list(range(20))
+
+
+def test_work_ahead_fails_when_its_turn_comes():
+    made = ahead(lambda i: 1 // (3 - i), range(9), depth=4)
+    assert [next(made) for _ in range(3)] == [0, 0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(made)
+
+
+def test_work_ahead_that_is_left_early_stops():
+    started: list[int] = []
+    made = ahead(started.append, range(1000), depth=2)
+    next(made)
+    made.close()
+    assert len(started) <= 3
+    assert not any(thread.name.startswith("ahead") for thread in threading.enumerate())
+
+
+def test_a_gpu_gets_the_cores_of_its_process(roots, monkeypatch):
+    """Whatever number of threads torch has: torchrun sets that to 1."""
+    files, arrays = load_splits("folder", roots["folder"]).train, load_splits("digits").train
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(24)), raising=False)
+    assert [default_threads(data, "cuda:1") for data in (files, arrays)] == [16, 8]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert [default_threads(data, "cuda:1") for data in (files, arrays)] == [3, 3]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert [default_threads(data, device) for data in (files, arrays) for device in ("cuda", "cpu")] == [1] * 4
 
 
 # Runs
