@@ -208,12 +208,11 @@ class DaliLoader:
         self._started = True
 
     def _name_culprit(self, error: RuntimeError, plan: Plan, step: int) -> None:
-        """If an image of the batches in flight does not decode, say which one; DALI is of no more use then."""
+        """If an image of the batches in flight does not decode, say which one."""
         if self.dataset.in_memory:
             return
         in_flight = plan.index_N[step * plan.batch_size : (step + self._prefetch + 2) * plan.batch_size]
         for i, reason in undecodable(self.dataset, in_flight.tolist()):
-            self._started, self._iterator = False, self._build()
             raise DataError(
                 f"{self.dataset.where(i)} does not decode ({reason}): repair or remove it, "
                 f"or leave out all such images by data.corrupt=skip"
