@@ -8,5 +8,5 @@ PACKAGES = {f"cutnmix.{folder}": folder for folder in FOLDERS} | {"cutnmix.train
 setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
-    package_data={"cutnmix.configs": ["*.yaml", "table1/*.yaml"]},
+    package_data={"cutnmix.configs": ["*.yaml", "table1/*.yaml", "imagenet/*.yaml"]},
 )

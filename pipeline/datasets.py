@@ -8,6 +8,7 @@ import difflib
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from http.client import HTTPException
 from itertools import compress
 from pathlib import Path
@@ -21,13 +22,10 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.datasets.utils import calculate_md5, download_url
 
+from cutnmix.pipeline.shards import DataError, Members, find_shards, read_members
+
 SUFFIXES = (".jpg", ".jpeg", ".png")  # of `folder`, in any case
-# A file's suffix does not bind its content (ImageNet holds a PNG named .JPEG): these are the formats that DALI decodes.
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "PPM", "WEBP", "JPEG2000")
-
-
-class DataError(Exception):
-    """A data set is missing, damaged or empty; the message names the file, folder or key and what to do."""
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,18 +36,19 @@ class Dataset:
     """
 
     name: str  # such as "cifar100/train"
-    images: np.ndarray | tuple[Path, ...]  # uint8 (N, H, W, C), C-contiguous; or N files
+    images: np.ndarray | tuple[Path, ...] | Members  # uint8 (N, H, W, C), C-contiguous; or N files; or N parts of tars
     labels: np.ndarray  # int64 (N,), 0..K-1
     classes: tuple[str, ...]  # K names
     mean: tuple[float, ...]  # per channel, of pixels scaled to [0, 1]
     std: tuple[float, ...]
+    left_out: tuple[str, ...] = ()  # the images that do not decode, where check.py looked for them
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def in_memory(self) -> bool:
-        """Whether `images` is an array; otherwise it is a tuple of files to decode."""
+        """Whether `images` is an array; otherwise they are files to decode."""
         return isinstance(self.images, np.ndarray)
 
     @property
@@ -63,6 +62,36 @@ class Dataset:
         """`images` of a data set of files."""
         assert isinstance(self.images, tuple)
         return self.images
+
+    @property
+    def files_or_shards(self) -> tuple[Path, ...]:
+        """The files that hold the images of a data set that is not in memory."""
+        return self.images.shards if isinstance(self.images, Members) else self.files
+
+    def encoded(self, i: int) -> bytes:
+        """The content of image file i, as it lies on the disk. Raises OSError."""
+        return self.images.read(i) if isinstance(self.images, Members) else self.files[i].read_bytes()
+
+    def where(self, i: int) -> str:
+        """The name of image file i, for messages."""
+        return self.images.name(i) if isinstance(self.images, Members) else str(self.files[i])
+
+    def identities(self) -> np.ndarray:
+        """(N,) uint64, one a state of an image file: place, size and time of change. 0 where there is no file."""
+        if isinstance(self.images, Members):
+            stated = [_state(path) for path in self.images.shards]
+            parts = zip(self.images.shard_N, self.images.offset_N, self.images.size_N, strict=True)
+            states = (stated[shard] and f"{stated[shard]} {offset} {size}" for shard, offset, size in parts)
+        else:
+            states = (_state(path) for path in self.files)
+        digests = b"".join(blake2b(state.encode(), digest_size=8).digest() if state else bytes(8) for state in states)
+        return np.frombuffer(digests, dtype=np.uint64)
+
+    def keep(self, kept_N: np.ndarray) -> "Dataset":
+        """The images where `kept_N` is True, in their order."""
+        images = self.images
+        images = tuple(compress(images, kept_N)) if isinstance(images, tuple) else _kept(images, kept_N)
+        return replace(self, images=images, labels=self.labels[kept_N])
 
 
 class Splits(NamedTuple):
@@ -111,7 +140,7 @@ def folder(root: Path | None, download: bool = True) -> Splits:
     """JPEG and PNG files in root/train/CLASS and root/val/CLASS, at any depth below; `download` is unused.
 
     Classes are sorted by name and files by path. Every class must have images in both halves. No file is opened here:
-    `first_undecodable` finds the culprit when the loader's decoder fails.
+    `check.without_corrupt` leaves out what does not decode, or else the loader names it when its turn comes.
     """
     if root is None:
         raise DataError("data.root: folder needs the folder that holds train/CLASS/* and val/CLASS/*")
@@ -133,7 +162,44 @@ def folder(root: Path | None, download: bool = True) -> Splits:
         if empty := [str(root / name / key) for key in classes if index[key] not in filled]:
             raise DataError(f"data.root: class folders without images ({', '.join(SUFFIXES)}): {', '.join(empty)}")
         images, labels = tuple(Path(path) for path, _ in found), np.array([label for _, label in found], dtype=np.int64)
-        return Dataset(f"folder/{name}", images, labels, tuple(classes), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        return Dataset(f"folder/{name}", images, labels, tuple(classes), IMAGENET_MEAN, IMAGENET_STD)
+
+    return Splits(half("train"), half("val"))
+
+
+def webdataset(root: Path | None, download: bool = True, train: str | None = None, val: str | None = None) -> Splits:
+    """Tar shards of KEY.jpg (.jpeg, .png) beside KEY.cls, see shards.py; `download` is unused.
+
+    Args:
+        root: the folder that holds them, and perhaps classes.txt: K names, one a line. Without it classes are numbers.
+        download: unused.
+        train: pattern of the training shards below root, default "train/*.tar"; such as "train-{0000..1023}.tar".
+        val: pattern of the test shards, default "val/*.tar".
+
+    Images keep the order of shards (by path) and members. Every class 0..K-1 must have images in both halves.
+    """
+    if root is None:
+        raise DataError("data.root: webdataset needs the folder that holds the shards (train/*.tar and val/*.tar)")
+    if not root.is_dir():
+        raise DataError(f"data.root: there is no folder {root}")
+    halves = {
+        "train": read_members(find_shards(root, train or "train/*.tar", "data.train")),
+        "val": read_members(find_shards(root, val or "val/*.tar", "data.val")),
+    }
+    named = root / "classes.txt"
+    if named.is_file():
+        classes = tuple(line.strip() for line in named.read_text().splitlines() if line.strip())
+    else:
+        classes = tuple(str(k) for k in range(1 + max(int(labels.max()) for _, labels in halves.values())))
+
+    def half(name: str) -> Dataset:
+        members, labels = halves[name]
+        if labels.max() >= len(classes):
+            where = members.name(int(labels.argmax()))
+            raise DataError(f"{where} is of class {labels.max()}, and {named} names {len(classes)} classes, from 0")
+        if empty := np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0).tolist():
+            raise DataError(f"data.root: no images in the {name} shards of {root} are of class {empty[0]}")
+        return Dataset(f"webdataset/{name}", members, labels, classes, IMAGENET_MEAN, IMAGENET_STD)
 
     return Splits(half("train"), half("val"))
 
@@ -143,6 +209,7 @@ DATASETS: dict[str, Callable[[Path | None, bool], Splits]] = {
     "cifar100": cifar100,
     "digits": digits,
     "folder": folder,
+    "webdataset": webdataset,
 }
 
 
@@ -153,6 +220,8 @@ def load_splits(
     classes: int | Sequence[int | str] | None = None,
     images_per_class: int | None = None,
     download: bool = True,
+    train: str | None = None,
+    val: str | None = None,
 ) -> Splits:
     """The data set of this name, or the part of it that the keys of the same names under `data` select.
 
@@ -162,6 +231,8 @@ def load_splits(
         classes: n for the first n, or names or indices, whose order then numbers the labels 0..n-1. At least 2.
         images_per_class: the first n training images of each class; the test half keeps all images of its classes.
         download: whether CIFAR files that are missing may be fetched; an archive that lies in root is unpacked anyway.
+        train: `webdataset`: the pattern of the training shards.
+        val: `webdataset`: the pattern of the test shards.
 
     Raises: DataError for data or keys that are wrong.
     """
@@ -169,22 +240,12 @@ def load_splits(
         raise DataError(
             f"data.name: {name!r} is none of {', '.join(DATASETS)}; the nearest is {_nearest(name, DATASETS)!r}"
         )
-    splits = DATASETS[name](None if root is None else Path(root).expanduser(), download)
-    if classes is None and images_per_class is None:
-        return splits
-    chosen = _choose(splits.train.classes, classes)
-    return Splits(_subset(splits.train, chosen, images_per_class), _subset(splits.test, chosen, None))
-
-
-def first_undecodable(paths: Iterable[Path]) -> tuple[Path, str] | None:
-    """The first of these files that does not decode completely, and why; None if all do."""
-    for path in paths:
-        try:
-            with Image.open(path, formats=FORMATS) as image:
-                image.load()
-        except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more
-            return path, f"{type(error).__name__}: {error}"
-    return None
+    root = None if root is None else Path(root).expanduser()
+    splits = webdataset(root, download, train, val) if name == "webdataset" else DATASETS[name](root, download)
+    if classes is not None or images_per_class is not None:
+        chosen = _choose(splits.train.classes, classes)
+        splits = Splits(_subset(splits.train, chosen, images_per_class), _subset(splits.test, chosen, None))
+    return splits
 
 
 def _cifar(
@@ -302,8 +363,20 @@ def _subset(data: Dataset, chosen: list[int], images_per_class: int | None) -> D
                     f"but class {data.classes[index]!r} of {data.name} has {len(members)}"
                 )
             kept[members[images_per_class:]] = False
-    images = data.images[kept] if isinstance(data.images, np.ndarray) else tuple(compress(data.images, kept))
-    return replace(data, images=images, labels=labels[kept], classes=tuple(data.classes[index] for index in chosen))
+    return replace(replace(data, labels=labels).keep(kept), classes=tuple(data.classes[index] for index in chosen))
+
+
+def _kept(images: np.ndarray | Members, kept_N: np.ndarray) -> np.ndarray | Members:
+    return images.keep(kept_N) if isinstance(images, Members) else images[kept_N]
+
+
+def _state(path: Path) -> str:
+    """Place, size and time of change of a file; empty where there is none."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return ""
+    return f"{path.absolute()} {facts.st_size} {facts.st_mtime_ns}"
 
 
 def _nearest(word: str, allowed: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
-from cutnmix.pipeline.datasets import DATASETS, DataError, first_undecodable, load_splits
+from cutnmix.pipeline.datasets import DATASETS, DataError, load_splits
 
 FILES = ["data_batch_1", "data_batch_2", "test_batch", "batches.meta"]
 ONE_DOWNLOAD = 2  # requests: torchvision asks once for redirections and once for the content
@@ -442,31 +442,6 @@ def test_folder_without_classes(tree):
     (tree / "train").mkdir()
     with pytest.raises(DataError, match=f"data.root: {tree / 'train'} holds no class folders"):
         load_splits("folder", tree)
-
-
-@pytest.mark.parametrize("name", ["0.jpg", "1.PNG"])
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "gone"])
-def test_first_undecodable_names_the_file_and_why(tree, name, damage):
-    paths = load_splits("folder", tree).train.images
-    assert first_undecodable(paths) is None
-    path = tree / "train" / "cat" / name
-    content = path.read_bytes()
-    path.write_bytes({"truncated": content[: len(content) * 2 // 3], "text": b"<html>"}.get(damage, b""))
-    if damage == "gone":
-        path.unlink()
-    found, reason = first_undecodable(paths)
-    assert found == path
-    assert {"gone": "FileNotFoundError: "}.get(damage, "Error: ") in reason
-
-
-def test_first_undecodable_goes_by_content_and_not_by_suffix(tree):
-    path = tree / "train" / "ant" / "0.jpg"
-    Image.new("CMYK", (8, 8)).save(path, format="JPEG")
-    assert first_undecodable([path]) is None
-    Image.new("RGB", (8, 8)).save(path, format="PNG")
-    assert first_undecodable([path]) is None
-    Image.new("RGB", (8, 8)).save(path, format="GIF")  # which DALI does not decode either
-    assert first_undecodable([path])[0] == path
 
 
 # Subsets

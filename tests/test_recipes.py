@@ -7,6 +7,7 @@ import torch
 
 from cutnmix.configs import shipped
 from cutnmix.models import NETWORKS
+from cutnmix.models.cost import cost
 from cutnmix.trainer.build import build
 from cutnmix.trainer.config import load_config
 from cutnmix.trainer.folder import RunFolder
@@ -47,6 +48,16 @@ def test_every_network_makes_a_step_with_cutnmix(network, precision):
     assert all(math.isfinite(loss) for loss in losses.values())
     moved = [not torch.equal(p, old) for p, old in zip(parts.learner.peers.parameters(), before, strict=True)]
     assert all(moved)
+
+
+@pytest.mark.parametrize("recipe", [name for name in shipped() if name.startswith("imagenet/")])
+def test_the_recipes_for_imagenet_state_what_they_cost_and_differ_only_in_mix_and_peers(recipe):
+    config, baseline = load_config(recipe), load_config("imagenet/resnet50_baseline")
+    for key in ("seed", "epochs", "batch_size", "data", "distort", "optimizer", "schedule", "precision"):
+        assert getattr(config, key) == getattr(baseline, key)
+    macs = cost("torchvision.resnet50", 1000, (224, 224)).macs
+    pflop = macs * 2 * 3 * 1_281_167 * config.epochs * config.peers.count / 1e15
+    assert f"= {pflop:,.0f} PFLOP" in shipped()[recipe].read_text()
 
 
 @pytest.mark.parametrize("recipe", [name for name in shipped() if name.startswith("table1/")])

@@ -9,7 +9,7 @@ from cutnmix.models.cost import branches_cost, check_image_size
 from cutnmix.models.peers import Peers, seeded
 from cutnmix.pipeline.datasets import Dataset, Splits, load_splits
 from cutnmix.pipeline.distort import view_size
-from cutnmix.pipeline.loader import Loader, make_loader
+from cutnmix.pipeline.loader import Loader, default_threads, make_loader
 from cutnmix.pipeline.mix import MixBatch
 from cutnmix.pipeline.plan import Mix, Plan, make_plan
 from cutnmix.trainer.config import Config, ConfigError
@@ -86,20 +86,30 @@ def build(config: Config) -> Parts:
     setting = choose(config)
     data = config.data
     splits = load_splits(
-        data.name, data.root, classes=data.classes, images_per_class=data.images_per_class, download=data.download
+        data.name,
+        data.root,
+        classes=data.classes,
+        images_per_class=data.images_per_class,
+        download=data.download,
+        train=data.train,
+        val=data.val,
     )
+    if data.corrupt == "skip":
+        from cutnmix.pipeline.check import without_corrupt  # here, because platforms without DALI can do without it
+
+        splits = Splits(*(without_corrupt(split) for split in splits))
     if config.drop_last and len(splits.train) < config.batch_size:
         raise ConfigError(
             f"batch_size: {config.batch_size} is more than the {len(splits.train)} training images, "
             f"and drop_last drops a batch that is not full"
         )
-    notes = [*setting.notes, *_checked_networks(config, splits.train)]
+    left_out = [_left_out(split) for split in splits if split.left_out]
+    notes = [*setting.notes, *_checked_networks(config, splits.train), *left_out]
     learner = _learner(config, splits.train, setting)
     step = _step(config, splits.train, setting, graphed=config.images_per_step if setting.compile == "graph" else None)
     test_step = _step(config, splits.test, setting)
     compile_modules(setting.compile, *learner.peers.compile_units(), learner.method, step.mix, test_step.mix)
     on_gpu = setting.device.type == "cuda"
-    threads = config.loader.threads or (min(8, torch.get_num_threads()) if on_gpu else 1)
 
     def loader(split: Dataset, distort, num_views: int, batch_size: int) -> Loader:
         return make_loader(
@@ -109,7 +119,7 @@ def build(config: Config) -> Parts:
             setting.device,
             num_views=num_views,
             batch_size=batch_size,
-            num_threads=threads,
+            num_threads=config.loader.threads or default_threads(split, setting.device),
             prefetch=config.loader.prefetch,
         )
 
@@ -136,6 +146,13 @@ def _step(config: Config, split: Dataset, setting: Setting, graphed: int | None 
         channels_last=config.channels_last,
     ).to(setting.device)
     return Step(mix, setting.device.type, setting.dtype, compiled=setting.compile == "step", graphed=graphed)
+
+
+def _left_out(split: Dataset) -> str:
+    """What `data.corrupt: skip` skipped, as a line for the user."""
+    names, total = split.left_out, len(split) + len(split.left_out)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{split.name}: left out {len(names)} of {total} images, which do not decode: {', '.join(names[:3])}{more}"
 
 
 def _checked_networks(config: Config, train: Dataset) -> list[str]:

@@ -36,13 +36,16 @@ class Data(_Group):
     classes: Annotated[int, Field(ge=2)] | list[int | str] | None = None
     images_per_class: Annotated[int, Field(ge=1)] | None = None
     download: bool = True
+    train: str | None = None  # webdataset: patterns of the shards below root; None: train/*.tar and val/*.tar
+    val: str | None = None
+    corrupt: Literal["refuse", "skip"] = "refuse"  # image files; skip: leave out, counted, what does not decode
 
 
 class Loader(_Group):
     """How they reach the device. auto: dali where it is installed, resident elsewhere; both give the same pixels."""
 
     name: Literal["auto", "dali", "resident"] = "auto"
-    threads: Annotated[int, Field(ge=1)] | None = None  # of DALI; None: 1 beside CPU training, up to 8 beside a GPU
+    threads: Annotated[int, Field(ge=1)] | None = None  # of DALI; None: 1 beside CPU training, else all cores
     prefetch: Annotated[int, Field(ge=1)] = 2
 
 
@@ -182,8 +185,11 @@ class Config(_Group):
         self._refuse("mix", self.mix, unused, f"mix.name: {self.mix.name}")
         if self.mix.name == "cutout":
             self._refuse("distort", self.distort, {"cutout"}, "mix.name: cutout, which has its own length")
-        unused = {"pad"} if self.data.name == "folder" else {"image_size", "crop_scale", "crop_ratio", "region"}
+        files = self.data.name in ("folder", "webdataset")
+        unused = {"pad"} if files else {"image_size", "crop_scale", "crop_ratio", "region"}
         self._refuse("distort", self.distort, unused, f"data.name: {self.data.name}")
+        unused = ({"corrupt"} if not files else set()) | ({"train", "val"} if self.data.name != "webdataset" else set())
+        self._refuse("data", self.data, unused, f"data.name: {self.data.name}")
         if self.schedule.name != "step":
             self._refuse("schedule", self.schedule, {"milestones", "gamma"}, f"schedule.name: {self.schedule.name}")
         return self
