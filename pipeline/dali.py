@@ -9,6 +9,7 @@ EXIF orientation is ignored, as by torchvision's data sets and so by the figures
 the same image (the plan's `second`) is one view more of one decode.
 """
 
+from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -86,6 +87,7 @@ class DaliLoader:
             # A rotated view reads beyond the edge of its image, where there must be no mirror image but black.
             self._source_NHWC = padded_NHWC if distort.rotation else beside_mirror(padded_NHWC)
         self._feed: Iterator[list] = iter(())
+        self._held: deque[tuple[torch.cuda.Event, dict[str, Tensor]]] = deque()
         self._started = False
         self._prefetch, self._num_threads, self._batch_size = prefetch, num_threads, batch_size
         # Part of a run's cost is fixed, so that batches of small images go through the graph several at a time.
@@ -120,7 +122,9 @@ class DaliLoader:
         step = start
         try:
             for (outputs,) in self._iterator:
-                for image_VBHWC in self._split(outputs, plan.batch_size):
+                images = [*self._split(outputs, plan.batch_size)]
+                self._hold(outputs)
+                for image_VBHWC in images:
                     draws = plan.step(step)
                     hole_VBHW = None if draws.hole_VB4 is None else hole_mask(draws.hole_VB4, self.size)
                     label_B = self.label_N[draws.index_B]
@@ -154,8 +158,23 @@ class DaliLoader:
             image = torch.stack(step_views)  # (V, B, ...); of pairs (2 V, B / 2, ...), a view's second one after it
             yield image.view(self.num_views, -1, *image.shape[2:])
 
+    def _hold(self, outputs: dict[str, Tensor]) -> None:
+        """Keep the outputs of a read until their copies are made.
+
+        DALI fills a buffer anew once nobody holds it, in its own order of work, which does not wait for torch's stream.
+        """
+        if self.device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record(torch.cuda.current_stream(self.device))
+            self._held.append((copied, outputs))
+            while self._held[0][0].query() and len(self._held) > 1:
+                self._held.popleft()
+
     def close(self) -> None:
         """Release DALI's threads and buffers."""
+        if self._held:
+            self._held[-1][0].synchronize()
+        self._held.clear()
         del self._iterator
 
     def _next_feed(self) -> list:

@@ -73,8 +73,8 @@ class ResidentLoader:
     def __init__(self, dataset: Dataset, distort: Distort, device: torch.device | str = "cpu"):
         if not dataset.in_memory:
             raise DataError(
-                f"loader.name: resident holds images of one size in memory, and {dataset.name} is a folder of image "
-                f"files with random resized crops: use loader.name=dali"
+                f"loader.name: resident holds images of one size in memory, and {dataset.name} is a set of "
+                f"image files with random resized crops: use loader.name=dali"
             )
         self.device = torch.device(device)
         self.pad = distort.pad

@@ -109,7 +109,6 @@ def build(config: Config) -> Parts:
     step = _step(config, splits.train, setting, graphed=config.images_per_step if setting.compile == "graph" else None)
     test_step = _step(config, splits.test, setting)
     compile_modules(setting.compile, *learner.peers.compile_units(), learner.method, step.mix, test_step.mix)
-    on_gpu = setting.device.type == "cuda"
 
     def loader(split: Dataset, distort, num_views: int, batch_size: int) -> Loader:
         return make_loader(

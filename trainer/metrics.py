@@ -62,14 +62,17 @@ def evaluate(
 
 
 def _metrics(num_classes: int, device: torch.device) -> MetricCollection:
-    return MetricCollection(
-        {
-            "top1": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
-            "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro", validate_args=False),
-            "nll": MeanMetric(nan_strategy="disable"),
-            "ece": MulticlassCalibrationError(num_classes, n_bins=15, norm="l1", validate_args=False),
-        }
-    ).to(device)
+    with device:  # built there: moving them would make the host wait
+        return MetricCollection(
+            {
+                "top1": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
+                "top5": MulticlassAccuracy(
+                    num_classes, top_k=min(5, num_classes), average="micro", validate_args=False
+                ),
+                "nll": MeanMetric(nan_strategy="disable"),
+                "ece": MulticlassCalibrationError(num_classes, n_bins=15, norm="l1", validate_args=False),
+            }
+        )
 
 
 def _update(metric: MetricCollection, log_prob_BK: Tensor, label_B: Tensor) -> None:

@@ -44,7 +44,7 @@ def train(config: Config, display: Display | None = None) -> dict[str, Any]:
     folder.check(config)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without it
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.manual_seed(config.seed)
     parts = build(config)
