@@ -117,12 +117,14 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def records(self) -> list[dict[str, Any]]:
-        """All complete lines of metrics.jsonl (a kill can cut the last one short)."""
+    def records(self, kind: str = "") -> list[dict[str, Any]]:
+        """All complete lines of metrics.jsonl (a kill can cut the last one short), or those of one kind."""
         if not self.metrics.exists():
             return []
         text = self.metrics.read_text()
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        begin = f'{{"kind": "{kind}"' if kind else ""  # so that the others, which are far more, need not be parsed
+        return [json.loads(line) for line in lines if line.startswith(begin)]
 
     def rewind(self, position: Position, global_step: int) -> None:
         """Drop the records of what the checkpoint at `position` has not seen: it will be done, and written, again."""
