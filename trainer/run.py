@@ -50,7 +50,7 @@ def train(config: Config, display: Display | None = None) -> dict[str, Any]:
     parts = build(config)
     for note in parts.notes:
         display.note(note)
-    with folder.locked(), _signals() as requested:
+    with folder.locked(), noted_signals() as requested:
         folder.check(config)  # again: another process may have started it meanwhile
         folder.begin(config)
         try:
@@ -264,7 +264,7 @@ class _Timer:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def noted_signals() -> Iterator[list[int]]:
     """SIGTERM and SIGINT append to the list instead of killing; the second SIGINT is an ordinary KeyboardInterrupt."""
     requested: list[int] = []
     before: dict[int, Any] = {}

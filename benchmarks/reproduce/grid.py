@@ -5,6 +5,7 @@ cell's data set and network, the row's, the user's; then the scale.
 """
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +29,6 @@ _OURS = {  # keys that a run of a grid has from elsewhere
     "name": "the grid",
     "resume": "reproduce itself",
     "data.name": "data=NAME, which selects",
-    "data.root": "--root",
     "peers.network": "network=NAME, which selects",
 }
 IMAGES_PER_CLASS = {"cifar10": 5000, "cifar100": 500}  # training images; of other data sets they are counted
@@ -92,7 +92,7 @@ class Scale:
 
         epochs E' = max(1, round(s E))
         images a class n' = round(s n), of each class the first
-        milestones, warm-up, a method's *_epochs: times E' / E, not rounded, so that they fall at the same share of a run
+        milestones, warm-up, a method's *_epochs: times E' / E, not rounded, so they keep their share of the run
         evaluations: no more than 10
 
     All else stays: batch, learning rate, classes, networks, test images. E' / E is not quite s where E is small.
@@ -203,7 +203,8 @@ def plan_grid(
             raise ConfigError(f"{text}: {key} of a run of a grid is set by {_OURS[key]}")
 
     def planned(cell: Cell, seed: int) -> Planned:
-        place = [f"runs={out}", f"name={run_name(cell, seed, short)}", f"seed={seed}", "resume=auto"]
+        name = run_name(cell, seed, short)
+        place = [f"runs={json.dumps(str(out))}", f"name={name}", f"seed={seed}", "resume=auto"]
         own = [f"data={cell.data}", f"peers.network={cell.network}", *cell.row.overrides]
         config = load_config(cell.row.recipe, [*grid.overrides, *own, *overrides, *place])
         return Planned(cell, seed, short.apply(config))
