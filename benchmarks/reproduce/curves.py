@@ -119,7 +119,7 @@ def _figure(lines: tuple[Line, ...], width: float, height: float, title: str = "
     if not title:
         figure.patch.set_alpha(0)
     names = max(len(line.label) for line in lines) + 6  # characters right of the axes, with the last value
-    left, right = 0.66 / width, 1 - (0.3 + 0.075 * names) / width
+    left, right = 0.66 / width, 1 - (0.25 + 0.085 * names) / width
     top = 1 - (TITLE_ROOM if title else 0.08) / height
     axes = figure.add_axes((left, 0.46 / height, right - left, top - 0.46 / height))
     axes.patch.set_alpha(0)

@@ -7,7 +7,7 @@ given.
 
 from typing import NamedTuple
 
-from cutnmix.benchmarks.reproduce.paper import DATA, Claim
+from cutnmix.benchmarks.reproduce.paper import DATA, Claim, signed
 from cutnmix.benchmarks.reproduce.results import Difference, Results, pairs_in_order, ranks
 
 LEVEL = 0.05
@@ -22,7 +22,7 @@ AGREES, LEANS, MIXED, AGAINST, DISAGREES, OPEN = (
 
 
 class Finding(NamedTuple):
-    """A sentence, the quote of the paper that it answers ("" for none), and one of the six words above."""
+    """A sentence, one of the six words above, and the quote of the paper that it answers; "" for none of either."""
 
     verdict: str
     text: str
@@ -69,18 +69,17 @@ def _verdict(compared: list[_Compared], quote: str) -> Finding:
     above = [(text, d) for text, d in known if d.mean > 0]
     below = [(text, d) for text, d in known if d.mean <= 0]
     sure = [d for _, d in known if d.p is not None and d.p < LEVEL]
-    parts = [f"Above in {len(above)} of {_count(len(known), 'comparison')}"]
+    text = f"Above in {len(above)} of {_count(len(known), 'comparison')}"
     if len(known) < len(compared):
-        parts[0] += f" ({len(compared) - len(known)} more are not run yet)"
-    side = above if len(above) < len(below) else below
+        text += f" ({len(compared) - len(known)} more are not run yet)"
+    side, name = (above, "Above") if len(above) < len(below) else (below, "Not above")
     if len(known) <= 3:
-        parts.append("; ".join(f"{text}: {signed(d)}" for text, d in known))
+        text += ". " + "; ".join(f"{where}: {_told(d)}" for where, d in known)
     elif side:
-        parts.append(f"{'above' if side is above else 'not above'}: " + "; ".join(f"{t}: {signed(d)}" for t, d in side))
+        text += f". {name}: " + "; ".join(f"{where}: {_told(d)}" for where, d in side)
     else:
-        low, high = min(d.mean for _, d in known), max(d.mean for _, d in known)
-        parts.append(f"by {low:+.2f} to {high:+.2f}")
-    text = ". ".join(parts) + ". " + chance([d for _, d in known])
+        text += f", by {signed(min(d.mean for _, d in known))} to {signed(max(d.mean for _, d in known))}"
+    text += ". " + chance([d for _, d in known])
     if above and below:
         return Finding(MIXED, text, quote)
     all_sure = len(sure) == len(compared)
@@ -89,16 +88,15 @@ def _verdict(compared: list[_Compared], quote: str) -> Finding:
     return Finding(DISAGREES if all_sure else AGAINST, text, quote)
 
 
-def signed(difference: Difference) -> str:
-    """The difference with its p, or with what n allows instead."""
-    if difference.p is None:
-        return f"{difference.mean:+.2f} (n = {difference.n})"
-    return f"{difference.mean:+.2f} ({p_text(difference.p)}, n = {difference.n})"
+def _told(difference: Difference) -> str:
+    """The difference with its p where n allows one."""
+    test = "" if difference.p is None else f"{p_text(difference.p)}, "
+    return f"{signed(difference.mean)} ({test}n\u00a0=\u00a0{difference.n})"
 
 
 def p_text(p: float) -> str:
-    """A p value with two significant digits."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+    """A p value to three digits."""
+    return "p\u00a0<\u00a00.001" if p < 0.001 else f"p\u00a0=\u00a0{p:.3f}"
 
 
 def chance(differences: list[Difference]) -> str:
@@ -136,8 +134,8 @@ def _gain_range(results: Results, claim: Claim) -> list[Finding]:
     printed = [gain for n in results.paper.networks if (gain := results.paper.gain(said.data, n)) is not None]
     inside = sum(said.low <= gain <= said.high for gain in gains)
     text = (
-        f"Here {min(gains):+.2f} to {max(gains):+.2f} over {_count(len(gains), 'network')}, {inside} of them inside "
-        f"that range; the paper's own table gives {min(printed):+.2f} to {max(printed):+.2f}."
+        f"Here {signed(min(gains))} to {signed(max(gains))} over {_count(len(gains), 'network')}, {inside} inside that "
+        f"range; the paper's own table gives {signed(min(printed))} to {signed(max(printed))}."
     )
     return [Finding(LEANS if inside == len(gains) else MIXED if inside else AGAINST, text, claim.quote)]
 
@@ -156,8 +154,8 @@ def _gains_most(results: Results, claim: Claim) -> list[Finding]:
             found.append(Finding(OPEN, f"{DATA.get(data, data)}: the runs are not done yet.", claim.quote))
             continue
         more = [n for n in gains if gains[n] > gains[said.network]]
-        text = f"{DATA.get(data, data)}: {results.network(said.network)} gains {gains[said.network]:+.2f}, "
-        others = [f"{results.network(n)} {gains[n]:+.2f}" for n in gains if n != said.network]
+        text = f"{DATA.get(data, data)}: {results.network(said.network)} gains {signed(gains[said.network])}, "
+        others = [f"{results.network(n)} {signed(gains[n])}" for n in gains if n != said.network]
         text += f"the others {', '.join(others)}. Gains are compared by their means alone, without a test."
         verdict = AGAINST if len(more) == len(gains) - 1 else MIXED if more else LEANS
         found.append(Finding(verdict, text, claim.quote))
@@ -177,14 +175,14 @@ def _signs(results: Results) -> list[Finding]:
                 continue
             theirs = round(printed.mean - base.mean, 2)
             differences.append(difference)
-            text = f"{cell.row.label} {difference.mean:+.2f} (paper {theirs:+.2f})"
+            text = f"{cell.row.label} {signed(difference.mean)} (paper {signed(theirs)})"
             (same if difference.mean * theirs > 0 else other).append(text)
         if differences:
             reference = results.label(results.reference)
-            text = f"{results.place(data, network)}: against {reference}, "
+            text = f"{results.place(data, network)}: over {reference}, "
             text += f"{len(same)} of {_count(len(differences), 'method')} have the paper's sign"
-            text += f": {', '.join(same)}" if same else ""
-            text += f"; not so {', '.join(other)}" if other else ""
+            text += f": {', '.join(same)}" if same and len(differences) <= 3 else ""
+            text += f". Not so {', '.join(other)}" if other else ""
             found.append(
                 Finding(
                     LEANS if not other else MIXED if same else AGAINST, f"{text}. {chance(differences)}", about="gains"
@@ -212,7 +210,7 @@ def _order(results: Results) -> list[Finding]:
         text += f" {_count(missing, 'method')} without a finished run." if missing else ""
         least = min(value.n for value in ours.values() if value)
         text += " Some of these are one run: the order may be chance." if least == 1 else ""
-        verdict = OPEN if not total else LEANS if same == total else MIXED if same else AGAINST
+        verdict = "" if not total else LEANS if same == total else MIXED if same else AGAINST
         found.append(Finding(verdict, text, about="order"))
     return found
 
@@ -230,7 +228,7 @@ def _values(results: Results) -> list[Finding]:
         difference = cell.value.mean - printed.mean
         total += 1
         near += abs(difference) <= (cell.value.spread or 0) + (printed.spread or 0)
-        where = f"{cell.row.label}, {results.place(data, network)}: {difference:+.2f}"
+        where = f"{cell.row.label}, {results.place(data, network)}: {signed(difference)}"
         furthest = max(furthest, (abs(difference), where))
     if not total:
         return []

@@ -3,6 +3,7 @@
 Every text goes through `escape`. The page reads without its script, which only sorts tables.
 """
 
+from collections import Counter
 from html import escape
 from pathlib import Path
 
@@ -49,7 +50,9 @@ def render(results: Results, found: list[Finding], facts: list[tuple[str, str]])
 <title>{escape(grid.title)} | {stamp}</title>
 <link rel="icon" href="data:,">
 <style>
-{_asset("page.css")}</style>
+{_asset("page.css")}
+@page {{ @top-center {{ content: "{_css(results.stamp.text)}" }} }}
+</style>
 </head>
 <body>
 <div class="stamp {kind}" role="note">{stamp}</div>
@@ -75,6 +78,11 @@ def _asset(name: str) -> str:
     return Path(__file__).with_name(name).read_text()
 
 
+def _css(text: str) -> str:
+    """The text inside a string of CSS: whatever might end it or the style is written by its code."""
+    return "".join(c if c.isascii() and c.isalnum() else f"\\{ord(c):x} " for c in text)
+
+
 def _progress(results: Results) -> str:
     runs = results.runs
     done, begun = sum(run.done for run in runs), sum(run.state == "begun" for run in runs)
@@ -90,13 +98,19 @@ def _words(found: list[Finding]) -> str:
     for about, title in GROUPS.items():
         items = [finding for finding in found if finding.about == about]
         if items:
-            text += f'<h3>{title}</h3><ul class="findings">{"".join(map(_finding, items))}</ul>'
+            listed = f'<ul class="findings">{"".join(map(_finding, items))}</ul>'
+            if about != "claims" and len(items) > 3:
+                counts = Counter(item.verdict or "no figures of the paper" for item in items)
+                most = ", ".join(f"{verdict}: {n}" for verdict, n in counts.most_common())
+                listed = f"<details><summary>Of {len(items)} networks {most}</summary>{listed}</details>"
+            text += f"<h3>{title}</h3>{listed}"
     return text or "<p>No run is done yet.</p>"
 
 
 def _finding(finding: Finding) -> str:
     quote = f"<q>{escape(finding.quote)}</q>" if finding.quote else ""
-    chip = f'<span class="chip {CHIPS[finding.verdict]}">{finding.verdict}</span>'
+    kind, verdict = CHIPS.get(finding.verdict, ""), finding.verdict
+    chip = f'<span class="chip {kind}">{verdict}</span>' if verdict else "<span></span>"
     return f"<li>{chip}<div>{quote}<p>{escape(finding.text)}</p></div></li>"
 
 
@@ -181,8 +195,8 @@ def _table(sheet: Sheet, stamp: str) -> str:
         for cells in (list(zip(row, sheet.columns, strict=True)) for row in sheet.rows)
     )
     return (
-        f'<div class="scroll" role="region" aria-label="{title}" tabindex="0"><table>'
-        f"<caption><b>{title}</b>{_marks(sheet.marks)} <small>{stamp}</small></caption>"
+        f'<p class="caption"><b>{title}</b>{_marks(sheet.marks)} <small>{stamp}</small></p>'
+        f'<div class="scroll" role="region" aria-label="{title}" tabindex="0"><table aria-label="{title}">'
         f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 

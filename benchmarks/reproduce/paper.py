@@ -130,6 +130,12 @@ class Table(_Part):
         return [*(self.borrowed.methods if self.borrowed else []), *self.methods]
 
 
+def signed(number: float) -> str:
+    """Two digits with their sign, a true minus; zero has none."""
+    text = f"{number:+.2f}".replace("-", "\u2212")
+    return "0.00" if text[1:] == "0.00" else text
+
+
 def gain(numbers: Numbers, data: str, network: str, method: str, over: str) -> float | None:
     """mean(method) - mean(over), None where either is not known."""
     one, other = numbers(data, network, method), numbers(data, network, over)
@@ -169,7 +175,7 @@ def contradictions(table: Table) -> list[Note]:
             if method != BASELINE and (difference := table.gain(data, network, method)) is not None and difference <= 0
         ]
         if low:
-            cells = ", ".join(f"{table.methods[m]} on {table.networks[n]} ({d:+.2f})" for n, m, d in low)
+            cells = ", ".join(f"{table.methods[m]} on {table.networks[n]} ({signed(d)})" for n, m, d in low)
             text = f"{DATA[data]}: {len(low)} of the paper's own cells are not above its baseline: {cells}."
             notes.append(Note(text=text, data=[data]))
     return notes
@@ -193,8 +199,8 @@ def _against(table: Table, claim: Claim) -> list[Note]:
             gains = {n: table.gain(data, n, said.method, said.over) or 0.0 for n in table.networks}
             more = {n: value for n, value in gains.items() if value > gains[said.network]}
             if more:
-                listed = ", ".join(f"{table.networks[n]} {value:+.2f}" for n, value in more.items())
-                own = f"{table.networks[said.network]} {gains[said.network]:+.2f}"
+                listed = ", ".join(f"{table.networks[n]} {signed(value)}" for n, value in more.items())
+                own = f"{table.networks[said.network]} {signed(gains[said.network])}"
                 text = f"{quote} On {DATA[data]}, {own} is below {listed}."
                 notes.append(Note(text=text, data=[data], networks=[said.network], methods=[said.method]))
     for data, network in table.places():

@@ -18,10 +18,10 @@ from cutnmix.trainer.folder import RunError, RunFolder
 
 Curve = list[tuple[float, float]]  # (epoch, the peers' mean top-1 percent)
 READINGS = {  # of the last epoch, by the name that the run has for them, and as it is shown
-    "mean": "mean of the peers",
-    "best_peer": "best peer",
-    "ensemble": "ensemble",
-    "teacher": "teacher",
+    "mean": "Mean of peers",
+    "best_peer": "Best peer",
+    "ensemble": "Ensemble",
+    "teacher": "Teacher",
 }
 
 
@@ -256,9 +256,9 @@ def paired(one: Outcome, other: Outcome) -> Difference | None:
         return Difference(mean, len(both), None, None, None)
     from scipy.stats import ttest_1samp  # here, because importing it takes a second
 
-    test = ttest_1samp(differences, 0)
+    test: Any = ttest_1samp(differences, 0)
     interval = test.confidence_interval(0.95)
-    return Difference(mean, len(both), float(test[1]), float(interval.low), float(interval.high))
+    return Difference(mean, len(both), float(test.pvalue), float(interval.low), float(interval.high))
 
 
 def ranks(values: dict[str, Value | None]) -> dict[str, int]:

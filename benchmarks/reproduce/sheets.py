@@ -2,8 +2,7 @@
 
 from typing import NamedTuple
 
-from cutnmix.benchmarks.reproduce.findings import p_text
-from cutnmix.benchmarks.reproduce.paper import DATA, Note, Value, contradictions
+from cutnmix.benchmarks.reproduce.paper import DATA, Note, Value, contradictions, signed
 from cutnmix.benchmarks.reproduce.results import READINGS, Difference, Outcome, Results, ranks
 
 NOTHING = "\u2013"  # an en dash, for what is not known
@@ -65,13 +64,12 @@ def value_text(value: Value | None) -> str:
     return f"{value.mean:.2f}" + ("" if value.spread is None else f" \u00b1 {value.spread:.2f}")
 
 
-def signed(number: float | None) -> str:
-    """With its sign, a true minus."""
-    return NOTHING if number is None else f"{number:+.2f}".replace("-", "\u2212")
-
-
 def _number(number: float | None, form: str = "{:.2f}") -> Entry:
     return Entry(NOTHING if number is None else form.format(number), number)
+
+
+def _signed(number: float | None) -> Entry:
+    return Entry(NOTHING if number is None else signed(number), number)
 
 
 def _value(value: Value | None) -> Entry:
@@ -140,14 +138,14 @@ def comparison(results: Results, data: str, network: str, notes: list[Note]) -> 
             difference = value.mean - theirs.mean if value and theirs else None
             row += [
                 _value(theirs)._replace(marks=own),
-                Entry(signed(difference), difference, faint=not results.stamp.comparable),
+                _signed(difference)._replace(faint=not results.stamp.comparable),
             ]
         over = results.difference(data, network, name, reference) if name != reference else None
         row.append(_difference(over) if name != reference else Entry("reference", None, faint=True))
         if beside:
             base = printed.get(reference)
             gain = round(theirs.mean - base.mean, 2) if theirs and base and name != reference else None
-            row.append(Entry(signed(gain), gain))
+            row.append(_signed(gain))
         row.append(_test(over))
         rows.append(row)
     columns = [
@@ -166,7 +164,9 @@ def comparison(results: Results, data: str, network: str, notes: list[Note]) -> 
         ]
     columns.append(Column("Gain", hint=f"Over {results.label(reference)}, paired by seed"))
     columns += [Column("Paper's gain", hint="Recomputed from its cells")] if beside else []
-    columns.append(Column("Paired t", hint="Two-sided, over seeds; needs three"))
+    columns.append(
+        Column("p", hint="Two-sided paired t test over seeds, which needs three; not corrected for the number of tests")
+    )
     return Sheet(results.place(data, network), columns, rows, marks(notes, network=network))
 
 
@@ -178,7 +178,11 @@ def _epochs(cell: Outcome) -> Entry:
 def _difference(difference: Difference | None) -> Entry:
     if difference is None:
         return Entry(NOTHING)
-    inside = "" if difference.low is None else f"{signed(difference.low)} to {signed(difference.high)}"
+    inside = (
+        ""
+        if difference.low is None or difference.high is None
+        else f"{signed(difference.low)} to {signed(difference.high)}"
+    )
     return Entry(signed(difference.mean), difference.mean, inside)
 
 
@@ -186,8 +190,8 @@ def _test(difference: Difference | None) -> Entry:
     if difference is None:
         return Entry(NOTHING)
     if difference.p is None:
-        return Entry(f"n = {difference.n}: none", None, faint=True)
-    return Entry(p_text(difference.p), difference.p)
+        return Entry(f"none: n = {difference.n}", None, faint=True)
+    return Entry("< 0.001" if difference.p < 0.001 else f"{difference.p:.3f}", difference.p)
 
 
 def readings(results: Results, data: str, network: str) -> Sheet:
@@ -196,11 +200,10 @@ def readings(results: Results, data: str, network: str) -> Sheet:
     for cell in results.at(data, network):
         others = [_value(cell.reading(name)) for name in READINGS]
         rows.append([Entry(cell.row.label, cell.row.label), *others, _value(cell.best_epoch)])
-    heads = [
-        Column(f"Last epoch: {text}", hint="The headline" if name == "mean" else "") for name, text in READINGS.items()
-    ]
+    heads = [Column(name, hint="The headline" if name == READINGS["mean"] else "") for name in READINGS.values()]
     chosen = Column("Best epoch, chosen on test", hint="Mean of the peers; the test images chose the epoch")
-    return Sheet(f"{results.place(data, network)}: other readings", [Column("Method", False), *heads, chosen], rows)
+    title = f"{results.place(data, network)}: readings of the last epoch, and the best epoch"
+    return Sheet(title, [Column("Method", False), *heads, chosen], rows)
 
 
 def ranking(results: Results, notes: list[Note]) -> Sheet:
@@ -262,6 +265,6 @@ def seeds(cell: Outcome) -> Sheet:
                 _number(run.result.get("hours"), "{:.3f}"),
             ]
         )
-    heads = [Column(text[0].upper() + text[1:]) for text in READINGS.values()]
+    heads = [Column(text) for text in READINGS.values()]
     first, after = [Column("Seed"), Column("State", False)], [Column("Best epoch, chosen on test")]
     return Sheet("Runs", [*first, *heads, *after, Column("Images/s"), Column("Hours")], rows)
