@@ -5,6 +5,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,10 @@ import typer
 
 from cutnmix.benchmarks.reproduce import show, workers
 from cutnmix.benchmarks.reproduce.drive import LEDGER, Place, reproduce, state
-from cutnmix.benchmarks.reproduce.estimate import find_data
+from cutnmix.benchmarks.reproduce.estimate import absent_data
 from cutnmix.benchmarks.reproduce.grid import AXES, grids, load_grid, plan_grid
 from cutnmix.benchmarks.reproduce.ledger import Ledger
+from cutnmix.pipeline.datasets import DataError
 from cutnmix.trainer.config import ConfigError
 from cutnmix.trainer.display import Display
 
@@ -58,6 +60,8 @@ def main(
     For example: cutnmix reproduce table1 --scale 0.02 --only network=resnet32 method=baseline,dml,cutnmix --seeds 95
     """
     display = Display()
+    if not display.console.is_terminal:
+        display.console.width = sys.maxsize  # in a file or a pipe, a row is a line
     if listed:
         display.console.print(show.grids_table())
         return
@@ -72,13 +76,15 @@ def main(
     place, where = _place(processes, ray, gpus, threads, Ledger(out / LEDGER, chosen.name, scale), display)
     plan = plan_grid(chosen, only=selection, seeds=_numbers(seeds), scale=scale, out=out, overrides=overrides)
     unfinished = [run for run in plan if state(run) != "done"]  # refuses folders of other runs
-    if not dry_run:
-        find_data(unfinished)
-    show.plan(chosen, plan, scale, f"{where}; into {out}", measure=measure, each=dry_run, display=display)
+    absent = absent_data(unfinished, download=not dry_run)
+    if absent and not dry_run and ("data" in selection or len(absent) == len({run.cell.data for run in unfinished})):
+        raise DataError("; ".join(absent.values()))
+    where = f"{where}; into {out}"
+    show.plan(chosen, plan, scale, where, absent=absent, measure=measure, dry=dry_run, display=display)
     if dry_run:
         return
-    summary = reproduce(chosen, plan, scale, out, place, display)
-    show.summary(summary, chosen, scale, display)
+    summary = reproduce(chosen, plan, scale, out, place, display, leave_out=absent)
+    show.summary(summary, chosen, scale, absent, display)
     if summary.failed:
         raise typer.Exit(1)
 

@@ -1,7 +1,7 @@
 """The loop over a plan: start what is missing, go on with what was cut off, retry a failure once, report."""
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -56,13 +56,26 @@ def page_folder(grid: Grid, scale: float, out: Path) -> Path:
     return out / f"{grid.name}{Scale(scale).stamp}"
 
 
-def reproduce(grid: Grid, plan: Sequence[Planned], scale: float, out: Path, place: Place, display: Display) -> Summary:
+def reproduce(
+    grid: Grid,
+    plan: Sequence[Planned],
+    scale: float,
+    out: Path,
+    place: Place,
+    display: Display,
+    leave_out: Collection[str] = (),
+) -> Summary:
     """Run all of the plan that is not done, in that place, and write the report after each run and at the end.
 
+    Runs on the data sets in `leave_out` stay as they are.
     Raises: RunError for a folder with other keys, before any work; Halted on SIGTERM and SIGINT.
     """
-    states = {planned.config.folder: state(planned) for planned in plan}
-    todo = deque(planned for planned in plan if states[planned.config.folder] != "done")
+    states = [state(planned) for planned in plan]
+    todo = deque(
+        planned
+        for planned, kept in zip(plan, states, strict=True)
+        if kept != "done" and planned.cell.data not in leave_out
+    )
     ledger = Ledger(out / LEDGER, grid.name, scale)
     attempts: Counter[str] = Counter()
     finished: list[str] = []

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from cutnmix.benchmarks.reproduce.grid import IMAGES_PER_CLASS, Planned
 from cutnmix.models.cost import branches_cost, cost
-from cutnmix.pipeline.datasets import load_splits
+from cutnmix.pipeline.datasets import DataError, load_splits
 from cutnmix.pipeline.distort import view_size
 from cutnmix.pipeline.plan import Distort
-from cutnmix.trainer.config import Config, ConfigError, Data
+from cutnmix.trainer.config import Config, ConfigError
 from cutnmix.trainer.folder import RunFolder
 from cutnmix.trainer.overview import stepping
 
@@ -144,21 +144,22 @@ def measure(config: Config) -> Measured:
     return Measured(seconds, step_flops / seconds)
 
 
-def find_data(plan: Iterable[Planned]) -> None:
-    """Load every data set of the plan once, so that a missing or damaged one is found before the first run.
+def absent_data(plan: Iterable[Planned], download: bool) -> dict[str, str]:
+    """The data sets of the plan that cannot be had, each with the reason. Loads every one of the others once.
 
-    Raises: DataError.
+    `download` false keeps a look at the plan from downloading anything.
     """
+    absent: dict[str, str] = {}
     seen: set[tuple[Any, ...]] = set()
     for run in plan:
-        data: Data = run.config.data
+        data = run.config.data
         key = (data.name, data.root, _frozen(data.classes), data.images_per_class)
-        if key not in seen:
-            seen.add(key)
-            load_splits(
-                data.name,
-                data.root,
-                classes=data.classes,
-                images_per_class=data.images_per_class,
-                download=data.download,
-            )
+        if key in seen:
+            continue
+        seen.add(key)
+        keys: dict[str, Any] = {"classes": data.classes, "images_per_class": data.images_per_class}
+        try:
+            load_splits(data.name, data.root, **keys, download=data.download and download)
+        except DataError as error:
+            absent.setdefault(run.cell.data, str(error))
+    return absent

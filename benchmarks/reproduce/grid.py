@@ -119,10 +119,9 @@ class Scale:
         images = config.data.images_per_class or images_per_class(config.data)
         scaled_images = round(self.value * images)
         if not scaled_images:
-            least = math.nextafter(0.5 / images, 1)  # round() rounds a half to the even 0
             raise ConfigError(
                 f"--scale: {self.value:g} leaves none of {config.data.name}'s {images} training images a class; "
-                f"the least is {math.ceil(least * 1e5) / 1e5:g}"
+                f"it must be above {0.5 / images:g}"  # round() takes a half to the even 0
             )
         epochs = max(1, round(self.value * config.epochs))
         factor = epochs / config.epochs
