@@ -94,7 +94,10 @@ def reproduce(
             display.note(f"{name}: {_WORDS[event.what]}{': ' if event.reason else ''}{event.reason}")
             if event.what in ("finished", "done"):
                 finished.append(name)
-                _write_report(grid, plan, scale, folder, display)
+                try:
+                    _write_report(grid, plan, scale, folder)
+                except Exception as error:  # the runs matter more; at the end it is tried once more, and may raise
+                    display.note(f"the report could not be written: {type(error).__name__}: {error}")
             elif event.what == "taken":
                 taken.append(name)
             elif event.what == "failed":
@@ -104,7 +107,7 @@ def reproduce(
                     todo.append(event.planned)
                 else:
                     failed[name] = event.reason
-    page = _write_report(grid, plan, scale, folder, display)
+    page = _write_report(grid, plan, scale, folder)
     if stop:
         raise Halted(stop[0], out)
     return Summary(finished, failed, taken, page)
@@ -120,6 +123,6 @@ _WORDS = {
 }
 
 
-def _write_report(grid: Grid, plan: Sequence[Planned], scale: float, folder: Path, display: Display) -> Path:
+def _write_report(grid: Grid, plan: Sequence[Planned], scale: float, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return report.write(grid, list(plan), scale, folder)
