@@ -11,5 +11,8 @@ PACKAGES = {f"cutnmix.{folder}": folder for folder in FOLDERS} | {
 setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
-    package_data={"cutnmix.configs": ["*.yaml", "*/*.yaml", "grids/ablation/*.yaml"]},
+    package_data={
+        "cutnmix.configs": ["*.yaml", "*/*.yaml", "grids/ablation/*.yaml"],
+        "cutnmix.benchmarks.reproduce": ["*.css", "*.js"],
+    },
 )

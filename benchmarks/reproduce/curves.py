@@ -118,14 +118,15 @@ def _figure(lines: tuple[Line, ...], width: float, height: float, title: str = "
     figure = Figure((width, height), dpi=dpi)
     if not title:
         figure.patch.set_alpha(0)
-    names = max(len(line.label) for line in lines) + 6  # characters right of the axes, with the last value
+    last = max(line.points[-1][0] for line in lines)
+    ahead = any(line.points[-1][0] < last for line in lines)
+    names = max(len(line.label) for line in lines) + 6 + 7 * ahead  # characters right of the axes, with the last value
     left, right = 0.66 / width, 1 - (0.25 + 0.085 * names) / width
     top = 1 - (TITLE_ROOM if title else 0.08) / height
     axes = figure.add_axes((left, 0.46 / height, right - left, top - 0.46 / height))
     axes.patch.set_alpha(0)
     if title:
         axes.set_title(title, loc="left", fontsize=11, color=INK, parse_math=False)
-    last = max(line.points[-1][0] for line in lines)
     late = [(mean - (s or 0), mean + (s or 0)) for line in lines for epoch, mean, s in line.points if epoch >= last / 4]
     low, high = min(pair[0] for pair in late), max(pair[1] for pair in late)
     room = 0.06 * max(high - low, 1)
@@ -138,7 +139,7 @@ def _figure(lines: tuple[Line, ...], width: float, height: float, title: str = "
         axes.plot(x, y, linewidth=line.width, **style, **marker)
         if np.isfinite(spread).any():
             axes.fill_between(x, y - spread, y + spread, color=line.color, alpha=0.15, linewidth=0)
-        ends.append((f"{line.label}  {y[-1]:.1f}", x, y, style))
+        ends.append((f"{line.label}  {y[-1]:.1f}" + " so far" * bool(x[-1] < last), x, y, style))
     axes.set_xlim(0, last * 1.01)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(6))

@@ -180,7 +180,7 @@ def _signs(results: Results) -> list[Finding]:
         if differences:
             reference = results.label(results.reference)
             text = f"{results.place(data, network)}: over {reference}, "
-            text += f"{len(same)} of {_count(len(differences), 'method')} have the paper's sign"
+            text += f"{len(same)} of {len(differences)} gains have the paper's sign"
             text += f": {', '.join(same)}" if same and len(differences) <= 3 else ""
             text += f". Not so {', '.join(other)}" if other else ""
             found.append(

@@ -150,7 +150,7 @@ def _tables(results: Results, notes: list[Note]) -> str:
         for network in networks:
             text += _table(sheets.comparison(results, data, network, notes), stamp)
             more = sheets.readings(results, data, network)
-            text += f"<details><summary>{escape(more.title)}</summary>{_table(more, stamp)}</details>"
+            text += f"<details><summary>All readings</summary>{_table(more, stamp)}</details>"
     return text
 
 
@@ -210,7 +210,7 @@ def _entry(entry: Entry, number: bool, first: bool) -> str:
     known = entry.sort is not None
     sort = f' data-sort="{escape(str(entry.sort))}"' if known else ""
     text = f"<b>{escape(entry.text)}</b>" if entry.strong else escape(entry.text)
-    under = f"<small>{escape(entry.under)}</small>" if entry.under else ""
+    under = "".join(f"<small>{escape(line)}</small>" for line in entry.under.splitlines())
     tag, scope = ("th", ' scope="row"') if first else ("td", "")
     return f'<{tag}{scope} class="{kinds}"{sort}>{text}{_marks(entry.marks)}{under}</{tag}>'
 

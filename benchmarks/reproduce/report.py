@@ -191,7 +191,7 @@ def _sheet(sheet: Sheet, stamp: str) -> list[str]:
 
 def _text(entry: Entry) -> str:
     text = f"**{entry.text}**" if entry.strong else entry.text
-    return text + _marks(entry.marks) + (f" ({entry.under})" if entry.under else "")
+    return text + _marks(entry.marks) + "".join(f"; {line}" for line in entry.under.splitlines())
 
 
 def _marks(numbers: tuple[int, ...]) -> str:

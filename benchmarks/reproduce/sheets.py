@@ -13,7 +13,7 @@ class Entry(NamedTuple):
 
     text: str
     sort: float | str | None = None  # None: nothing known, which stands last in either direction
-    under: str = ""  # a second, smaller line
+    under: str = ""  # smaller lines below it
     marks: tuple[int, ...] = ()  # numbers of notes
     strong: bool = False
     faint: bool = False
@@ -107,7 +107,7 @@ def overview(results: Results, data: str, notes: list[Note]) -> Sheet:
             own = marks(notes, data=data, network=network, method=name) if printed else ()
             value = cell.value
             strong = best[network].get(name) == 1
-            row.append(Entry(value_text(value), value.mean if value else None, "; ".join(under), own, strong))
+            row.append(Entry(value_text(value), value.mean if value else None, "\n".join(under), own, strong))
         rows.append(row)
     heads = [Column(results.network(n), hint=n, marks=marks(notes, network=n)) for n in networks]
     return Sheet(
