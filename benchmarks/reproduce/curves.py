@@ -37,7 +37,7 @@ OTHERS = (
     (ORANGE, MIXED),
     (PURPLE, DOTTED),
 )
-TITLE_ROOM = 0.32  # inches
+TITLE_ROOM = 0.62  # inches
 
 
 class Line(NamedTuple):
@@ -108,7 +108,7 @@ def svg(lines: tuple[Line, ...], width: float, height: float, title: str = "") -
 
 @lru_cache(maxsize=128)
 def png(lines: tuple[Line, ...], title: str) -> bytes:
-    """The figure with its title as a PNG 1500 pixels wide, for pages that are not HTML."""
+    """The figure as a PNG 1500 pixels wide, for pages that are not HTML, with a title of two lines."""
     file = io.BytesIO()
     FigureCanvasAgg(_figure(lines, 7.5, 4, title, dpi=200)).print_png(file)
     return file.getvalue()
@@ -126,7 +126,10 @@ def _figure(lines: tuple[Line, ...], width: float, height: float, title: str = "
     axes = figure.add_axes((left, 0.46 / height, right - left, top - 0.46 / height))
     axes.patch.set_alpha(0)
     if title:
-        axes.set_title(title, loc="left", fontsize=11, color=INK, parse_math=False)
+        head, _, below = title.partition("\n")
+        put = {"color": INK, "va": "center", "parse_math": False}
+        figure.text(0.02, 1 - 0.2 / height, head, fontsize=12, weight="bold", **put)
+        figure.text(0.02, 1 - 0.42 / height, below, fontsize=9, **put)
     late = [(mean - (s or 0), mean + (s or 0)) for line in lines for epoch, mean, s in line.points if epoch >= last / 4]
     low, high = min(pair[0] for pair in late), max(pair[1] for pair in late)
     room = 0.06 * max(high - low, 1)

@@ -86,7 +86,7 @@ def _css(text: str) -> str:
 def _progress(results: Results) -> str:
     runs = results.runs
     done, begun = sum(run.done for run in runs), sum(run.state == "begun" for run in runs)
-    other = [run for run in runs if not run.done and run.state not in ("begun", "to do")]
+    other = [run for run in runs if not run.known]
     text = f"{done} of {len(runs)} runs done" + (f", {begun} begun" if begun else "")
     text += f", {len(other)} in a folder of another run" if other else ""
     bar = f'<progress max="{len(runs)}" value="{done}" aria-label="{text}"></progress>'
@@ -165,6 +165,7 @@ def _cell(results: Results, cell: Outcome, stamp: str) -> str:
     figure = f"<figure>{curves.svg(lines, 4.2, 2.9, f'{place}, {cell.row.label}')}</figure>" if lines else ""
     head = f'<b>{escape(cell.row.label)}</b> <span>{escape(place)}</span> <span class="figure">{escape(state)}</span>'
     note = f"<p>{escape(cell.row.note)}</p>" if cell.row.note else ""
+    note += "".join(f"<p>Seed {run.seed}: {escape(run.state)}</p>" for run in cell.runs if not run.known)
     return f"<details><summary>{head}</summary>{note}{figure}{_table(sheets.seeds(cell), stamp)}</details>"
 
 
@@ -172,7 +173,8 @@ def _notes(results: Results, notes: list[Note]) -> str:
     if not results.paper:
         return ""
     items = "".join(f'<li id="note-{n}">{escape(note.text)}</li>' for n, note in enumerate(notes, 1))
-    source = f"<p>{escape(results.paper.source)}: {escape(results.paper.what)}, n = {results.paper.n}. "
+    runs = f", n = {results.paper.n}" if results.paper.cells else ""
+    source = f"<p>{escape(results.paper.source)}: {escape(results.paper.what)}{runs}. "
     return f'{source}{escape(results.paper.seeds)}</p><ol class="notes">{items}</ol>'
 
 

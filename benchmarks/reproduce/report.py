@@ -147,7 +147,7 @@ def _pictures(results: Results, out: Path) -> dict[str, str]:
         if lines := curves.mean_lines(results.at(data, network)):
             title = results.place(data, network)
             name = f"curves-{data}-{re.sub('[^A-Za-z0-9_.]', '_', network)}.png"
-            write_atomically(out / name, curves.png(lines, f"{title}. {results.stamp.text}"))
+            write_atomically(out / name, curves.png(lines, f"{title}\n{results.stamp.text}"))
             pictures[title] = name
     return pictures
 

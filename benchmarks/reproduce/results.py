@@ -40,6 +40,11 @@ class Run(NamedTuple):
         return bool(self.result)
 
     @property
+    def known(self) -> bool:
+        """Whether its folder is its own, or not there yet."""
+        return self.state in ("done", "begun", "to do")
+
+    @property
     def top1(self) -> float | None:
         """The headline."""
         return self.reading("mean")

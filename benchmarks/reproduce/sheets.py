@@ -254,7 +254,9 @@ def seeds(cell: Outcome) -> Sheet:
     rows = []
     for run in cell.runs:
         best = run.best_epoch
-        state = run.state if run.state != "begun" or not run.curve else f"epoch {run.curve[-1][0]:g} of {run.epochs}"
+        state = run.state if run.known else "another run's folder"
+        if run.state == "begun" and run.curve:
+            state = f"epoch {run.curve[-1][0]:g} of {run.epochs}"
         rows.append(
             [
                 Entry(str(run.seed), run.seed),
