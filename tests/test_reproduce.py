@@ -54,6 +54,15 @@ def quiet() -> Display:
     return Display(Console(file=io.StringIO()))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the processes that are started here: sums must be taken in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def run_grid(path: Path, out: Path, **keys):
     grid = load_grid(str(path))
     return reproduce(grid, plan_grid(grid, out=out), 1.0, out, partial(workers.here, display=quiet()), quiet(), **keys)
@@ -305,13 +314,10 @@ def test_the_ledger_survives_a_line_cut_short(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> Path:
+def uninterrupted(tmp_path_factory, one_thread) -> Path:
     """The folder of a grid of two runs that nobody disturbed, one by one in this process."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     summary = run_grid(write_grid(folder, BASELINE, CUTNMIX), folder / "out")
-    torch.set_num_threads(threads)
     assert (len(summary.finished), summary.failed, summary.taken) == (2, {}, [])
     assert summary.page.is_file() and summary.page.parent == folder / "out" / "tiny"
     return folder / "out"
@@ -349,10 +355,7 @@ def test_a_folder_with_other_keys_is_refused_before_any_work(uninterrupted):
 def test_a_run_that_fails_is_tried_twice_and_the_others_go_on(tmp_path, uninterrupted):
     out = tmp_path / "out"
     path = write_grid(tmp_path, DIVERGES, BASELINE)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     summary = run_grid(path, out)
-    torch.set_num_threads(threads)
     bad = "digits-resnet20-diverges-seed95"
     assert summary.finished == [RUNS[0]]
     assert list(summary.failed) == [bad] and "not finite" in summary.failed[bad]
@@ -402,41 +405,56 @@ def is_free(folder: Path) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", [[], ["--workers", "2"]], ids=["here", "processes"])
-def test_a_grid_that_is_killed_goes_on_and_ends_as_if_it_had_not_been(place, tmp_path, uninterrupted):
+def test_a_grid_that_is_stopped_and_killed_goes_on_and_ends_as_if_it_had_not_been(tmp_path, uninterrupted):
     path, out = write_grid(tmp_path, BASELINE, CUTNMIX), tmp_path / "out"
-    process = start_grid(path, out, *place)
-    first = out / RUNS[0]
-    wait_until(lambda: 3 <= steps_on_record(first), process)
+    process = start_grid(path, out)
+    wait_until(lambda: 2 <= steps_on_record(out / RUNS[0]), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75
+    assert "the same command goes on" in (tmp_path / "log").read_text()
+    (baseline, _) = plan_grid(load_grid(str(path)), out=out)
+    assert state(baseline) == "cut off" and 0 < estimate.left(baseline.config) < 1
+    process = start_grid(path, out)
+    wait_until(lambda: 3 <= steps_on_record(out / RUNS[1]), process)
     process.kill()
     process.wait()
-    assert not (first / "result.json").exists()
-    for run in RUNS:  # processes end with their parent, and save first
-        while not is_free(out / run):
-            time.sleep(0.05)
-    (plan,) = plan_grid(load_grid(str(path)), out=out, only={"method": ["baseline"]})
-    assert state(plan) == "cut off" and 0 < estimate.left(plan.config) < 1
-    assert start_grid(path, out, *place).wait() == 0
+    assert not (out / RUNS[1] / "result.json").exists()
+    assert len(run_grid(path, out).finished) == 1
     assert_same_runs(out, uninterrupted)
-    assert events(out, RUNS[0]) == ["started", "started", "finished"]
+    assert events(out, RUNS[0]) == ["started", "stopped", "started", "finished"]
+    assert events(out, RUNS[1]) == ["started", "started", "finished"]
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_is_started_again_and_sigterm_stops_all(tmp_path, uninterrupted):
+def test_a_process_that_is_killed_is_started_again_and_sigterm_stops_all(tmp_path, uninterrupted):
     path, out = write_grid(tmp_path, BASELINE, CUTNMIX), tmp_path / "out"
     process = start_grid(path, out, "--workers", "2")
     wait_until(lambda: 2 <= steps_on_record(out / RUNS[0]), process)
     pids = {r["run"]: r["pid"] for r in Ledger(out / LEDGER, "", 1).records() if r["event"] == "started"}
     os.kill(pids[RUNS[0]], signal.SIGKILL)
-    wait_until(lambda: "retried" in events(out, RUNS[0]) and 3 <= steps_on_record(out / RUNS[0]), process)
+    wait_until(lambda: events(out, RUNS[0])[-2:] == ["retried", "started"], process)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 75
-    counts = Counter(record["event"] for record in Ledger(out / LEDGER, "", 1).records())
-    assert counts["failed"] == counts["retried"] == 1
-    reasons = [r["reason"] for r in Ledger(out / LEDGER, "", 1).records() if r["event"] == "failed"]
-    assert reasons == ["killed by SIGKILL"]
-    assert start_grid(path, out, "--workers", "2").wait() == 0
+    (failure,) = [r for r in Ledger(out / LEDGER, "", 1).records() if r["event"] == "failed"]
+    assert (failure["run"], failure["reason"]) == (RUNS[0], "killed by SIGKILL")
+    assert events(out, RUNS[0])[-1] == "stopped"
+    run_grid(path, out)  # in another place than where they began
     assert_same_runs(out, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
+def test_processes_save_and_end_with_the_command_however_that_ended(tmp_path):
+    path, out = write_grid(tmp_path, BASELINE), tmp_path / "out"
+    process = start_grid(path, out, "--workers", "1")
+    wait_until(lambda: 2 <= steps_on_record(out / RUNS[0]), process)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while not is_free(out / RUNS[0]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert is_free(out / RUNS[0])
+    assert "stopped by SIGTERM" in (out / RUNS[0] / workers.LOG).read_text()
 
 
 @pytest.mark.slow
