@@ -140,6 +140,17 @@ def test_a_grid_and_its_paper_speak_of_the_same(name):
     assert set(paper.networks) <= set(grid.networks)
 
 
+def test_a_page_has_the_notes_about_what_it_shows(maker):
+    def numbers(**only) -> int:
+        grid, plan = maker.plan("table1", only=only, seeds=[95])
+        return len(sheets.notes_of(collect(grid, plan, 1.0)))
+
+    every = len(contradictions(load_table("table1"))) + len(load_table("table1").notes)
+    assert numbers() == every
+    assert numbers(data=["cifar10"]) == every - 4  # a printed gain, two sentences and the cells below the baseline
+    assert numbers(network=["vgg16", "resnet32"], method=["baseline", "cutnmix"]) == every - 7
+
+
 # Results
 
 

@@ -27,7 +27,7 @@ def render(results: Results, found: list[Finding], facts: list[tuple[str, str]])
     grid, stamp = results.grid, escape(results.stamp.text)
     notes = sheets.notes_of(results)
     parts = [
-        ("words", "In words", _words(found)),
+        ("words", "In words", _words(found, results)),
         ("curves", "Accuracy over the epochs", _figures(results)),
         ("tables", "Tables", _tables(results, notes)),
         ("ranking", "Ranking", _table(sheets.ranking(results, notes), stamp)),
@@ -93,8 +93,8 @@ def _progress(results: Results) -> str:
     return f'<p class="progress">{bar}<span>{text}</span></p>'
 
 
-def _words(found: list[Finding]) -> str:
-    text = ""
+def _words(found: list[Finding], results: Results) -> str:
+    text = f"<p>{escape(compared(results))}</p>"
     for about, title in GROUPS.items():
         items = [finding for finding in found if finding.about == about]
         if items:
@@ -104,7 +104,13 @@ def _words(found: list[Finding]) -> str:
                 most = ", ".join(f"{verdict}: {n}" for verdict, n in counts.most_common())
                 listed = f"<details><summary>Of {len(items)} networks {most}</summary>{listed}</details>"
             text += f"<h3>{title}</h3>{listed}"
-    return text or "<p>No run is done yet.</p>"
+    return text
+
+
+def compared(results: Results) -> str:
+    """What of the paper these runs can be held against, one paragraph."""
+    what = "Signs, orders and values" if results.stamp.comparable else "Signs and orders, not values,"
+    return f"{results.stamp.text}. {what} are compared, by the last epoch's mean over peers."
 
 
 def _finding(finding: Finding) -> str:

@@ -157,6 +157,7 @@ def _markdown(results: Results, found: list[Finding], facts: list[tuple[str, str
     stamp = f"**{results.stamp.text}**"
     done = sum(run.done for run in results.runs)
     parts = [f"# {results.grid.title}", stamp, results.grid.note, f"{done} of {len(results.runs)} runs done."]
+    parts.append(page.compared(results))
     for about, title in page.GROUPS.items():
         lines = [_sentence(finding) for finding in found if finding.about == about]
         parts += [f"## {title}", "\n".join(lines)] if lines else []

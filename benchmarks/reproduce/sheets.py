@@ -38,8 +38,16 @@ class Sheet(NamedTuple):
 
 
 def notes_of(results: Results) -> list[Note]:
-    """All remarks on the paper's numbers, in the order of their numbers, which count from 1."""
-    return [*contradictions(results.paper), *results.paper.notes] if results.paper else []
+    """The remarks on the paper's numbers that are about what is planned here; their numbers count from 1."""
+    if not results.paper:
+        return []
+    data, networks, methods = (set(axis) for axis in zip(*results.cells, strict=True))
+
+    def here(note: Note) -> bool:
+        named = ((note.data, data), (note.networks, networks), (note.methods, methods))
+        return all(not some or planned & set(some) for some, planned in named)
+
+    return [note for note in (*contradictions(results.paper), *results.paper.notes) if here(note)]
 
 
 def marks(notes: list[Note], *, data: str = "", network: str = "", method: str = "") -> tuple[int, ...]:
