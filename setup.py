@@ -3,10 +3,16 @@
 from setuptools import setup
 
 FOLDERS = ("pipeline", "trainer", "models", "benchmarks", "configs")
-PACKAGES = {f"cutnmix.{folder}": folder for folder in FOLDERS} | {"cutnmix.trainer.methods": "trainer/methods"}
+PACKAGES = {f"cutnmix.{folder}": folder for folder in FOLDERS} | {
+    "cutnmix.trainer.methods": "trainer/methods",
+    "cutnmix.benchmarks.reproduce": "benchmarks/reproduce",
+}
 
 setup(
     packages=list(PACKAGES),
     package_dir=PACKAGES,
-    package_data={"cutnmix.configs": ["*.yaml", "table1/*.yaml", "imagenet/*.yaml"]},
+    package_data={
+        "cutnmix.configs": ["*.yaml", "*/*.yaml", "grids/ablation/*.yaml"],
+        "cutnmix.benchmarks.reproduce": ["*.css", "*.js"],
+    },
 )

@@ -113,7 +113,7 @@ def header(device: torch.device = CPU) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commit": commit(),
         "device": device.type,
         "hardware": hardware(device),
         "threads": f"{torch.get_num_threads()} of torch, on {cores} cores",
@@ -129,7 +129,8 @@ def _versions() -> list[str]:
     return there
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of the checkout, or the version of the package that was installed without one."""
     root = checkout()
     if root is None:
         return f"cutnmix {version('cutnmix')}"

@@ -204,6 +204,11 @@ def test_a_line_cut_short_by_a_kill_is_no_record(folder):
     assert folder.records() == [train_record(5), train_record(10)]
 
 
+def test_records_of_one_kind(folder):
+    kept(folder, 3, 0)
+    assert folder.records("test") == [record for record in RECORDS if record["kind"] == "test"] != []
+
+
 def test_a_folder_without_records_has_none(folder):
     assert folder.records() == []
 

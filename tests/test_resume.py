@@ -1,5 +1,6 @@
 """A run that was killed, stopped or restarted ends with the very weights of the one that was not."""
 
+import json
 import os
 import random
 import signal
@@ -68,8 +69,9 @@ def assert_same(one, other) -> None:
 
 
 def comparable_records(folder: Path) -> list[dict]:
-    """Records without the one thing that is a timing."""
-    return [{k: v for k, v in record.items() if k != "images_per_s"} for record in RunFolder(folder).records()]
+    """Records without what is a timing."""
+    timings = {"images_per_s", "hours"}
+    return [{k: v for k, v in record.items() if k not in timings} for record in RunFolder(folder).records()]
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,9 @@ def test_sigterm_saves_and_exits_with_75_and_the_next_start_goes_on(uninterrupte
     assert start(folder).wait() == 0
     assert_same(final_state(folder)["learner"], final_state(uninterrupted)["learner"])
     assert comparable_records(folder) == comparable_records(uninterrupted)
+    hours = [record["hours"] for record in RunFolder(folder).records()]
+    assert 0 < hours[0] and hours == sorted(hours)  # the second session counts on from the first
+    assert json.loads(RunFolder(folder).result.read_text())["hours"] == hours[-1]
 
 
 @pytest.mark.slow

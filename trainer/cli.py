@@ -1,4 +1,4 @@
-"""The command line: cutnmix train | evaluate | report | export | models | methods | bench."""
+"""The command line: cutnmix train | evaluate | report | export | models | methods | bench | reproduce."""
 
 import signal
 import sys
@@ -136,6 +136,14 @@ def bench(context: typer.Context):
     from cutnmix.benchmarks.__main__ import app as benchmarks  # it imports all that it compares with
 
     benchmarks(context.args, prog_name="cutnmix bench")
+
+
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def reproduce(context: typer.Context):
+    """Reproduce a table or the figure of the paper, or an ablation. See cutnmix reproduce --help."""
+    from cutnmix.benchmarks.reproduce.__main__ import app as reproduction  # torch, TensorBoard and matplotlib
+
+    reproduction(context.args, prog_name="cutnmix reproduce")
 
 
 def _print(table: Table) -> None:

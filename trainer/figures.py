@@ -147,10 +147,10 @@ def _panel(axes: Axes, curves: list[Curve], title: str, unit: str, log: bool = F
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
-    _label_ends(axes, [curve for curve in curves if curve[0]])
+    label_ends(axes, [curve for curve in curves if curve[0]])
 
 
-def _label_ends(axes: Axes, curves: list[Curve]) -> None:
+def label_ends(axes: Axes, curves: list[Curve]) -> None:
     """Each curve's label to the right of its end, moved as little as keeps the labels apart."""
     from sklearn.isotonic import isotonic_regression  # here, because importing it takes a second
 

@@ -8,6 +8,7 @@ checkpoints/last.pt       the state to resume from
 checkpoints/best.pt       the best TEST accuracy (mean of the peers), chosen on the test images and named for it
 peers/peer0.safetensors   the final weights, one file a peer
 result.json               the last epoch's scores, hardware, versions
+log.txt                   what it said, where it was started by another process (cutnmix reproduce)
 """
 
 import contextlib
@@ -30,6 +31,10 @@ _FREE_ON_RESUME = ("name", "runs", "resume", "loader", "checkpoint", "log_every"
 
 class RunError(Exception):
     """A run folder is taken, missing, or belongs to another run; or the run itself went wrong."""
+
+
+class Taken(RunError):
+    """Another process is at work in the folder."""
 
 
 class Stopped(Exception):
@@ -55,8 +60,8 @@ class RunFolder:
         self.peers = path / "peers"
         self.result = path / "result.json"
 
-    def check(self, config: Config) -> None:
-        """Refuse to mix two runs in one folder.
+    def check(self, config: Config, otherwise: str = "name=NAME starts another") -> None:
+        """Refuse to mix two runs in one folder; `otherwise` says what to do about it.
 
         Raises:
             RunError: the folder holds a run and `resume` is never, or it holds a run with other keys.
@@ -64,7 +69,7 @@ class RunFolder:
         if not self.config.exists():
             return
         if config.resume == "never":
-            raise RunError(f"{self.path} holds a run already: resume=auto goes on with it, name=NAME starts another")
+            raise RunError(f"{self.path} holds a run already: resume=auto goes on with it, {otherwise}")
         before, now = _flat(dump_config(self.read_config())), _flat(dump_config(config))
         changed = [
             f"{key} (was {before.get(key)!r}, now {now.get(key)!r})"
@@ -72,14 +77,15 @@ class RunFolder:
             if before.get(key) != now.get(key) and not f"{key}.".startswith(tuple(f"{k}." for k in _FREE_ON_RESUME))
         ]
         if changed:
-            raise RunError(f"{self.path} was started with other keys: {'; '.join(changed)}; name=NAME starts another")
+            raise RunError(f"{self.path} was started with other keys: {'; '.join(changed)}; {otherwise}")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder; the lock dies with the process, however it ends.
 
         Raises:
-            RunError: another process holds it, or it cannot be made.
+            Taken: another process holds it.
+            RunError: it cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -89,7 +95,7 @@ class RunFolder:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise RunError(f"{self.path} is in use by another process") from None
+            raise Taken(f"{self.path} is in use by another process") from None
         try:
             yield
         finally:
@@ -117,12 +123,14 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def records(self) -> list[dict[str, Any]]:
-        """All complete lines of metrics.jsonl (a kill can cut the last one short)."""
+    def records(self, kind: str = "") -> list[dict[str, Any]]:
+        """All complete lines of metrics.jsonl (a kill can cut the last one short), or those of one kind."""
         if not self.metrics.exists():
             return []
         text = self.metrics.read_text()
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        begin = f'{{"kind": "{kind}"' if kind else ""  # so that the others, which are far more, need not be parsed
+        return [json.loads(line) for line in lines if line.startswith(begin)]
 
     def rewind(self, position: Position, global_step: int) -> None:
         """Drop the records of what the checkpoint at `position` has not seen: it will be done, and written, again."""

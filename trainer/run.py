@@ -50,7 +50,7 @@ def train(config: Config, display: Display | None = None) -> dict[str, Any]:
     parts = build(config)
     for note in parts.notes:
         display.note(note)
-    with folder.locked(), _signals() as requested:
+    with folder.locked(), noted_signals() as requested:
         folder.check(config)  # again: another process may have started it meanwhile
         folder.begin(config)
         try:
@@ -73,6 +73,11 @@ class _Run:
             self.position, self.tally, self.best_top1 = checkpoint.restore(state, parts.learner)
             display.note(f"{folder.path}: going on at epoch {self.position.epoch + 1}, step {self.position.step}")
         folder.rewind(self.position, self.global_step)
+        records = folder.records()
+        self.hours_before = records[-1].get("hours") if records else 0.0  # None: begun before hours were on record
+        self.began = time.perf_counter()
+        if parts.setting.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(parts.setting.device)
         self.writer = SummaryWriter(str(folder.tensorboard), purge_step=self.global_step + 1)
 
     @property
@@ -164,9 +169,18 @@ class _Run:
                 self._save(self.folder.best)
 
     def _record(self, record: dict[str, Any], scalars: dict[str, float]) -> None:
-        self.folder.append(record)
+        self.folder.append(record | self._cost())
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, record["step"])
+
+    def _cost(self) -> dict[str, float]:
+        """What the run has taken so far, all its sessions together; work lost to a kill and done again counts once."""
+        cost: dict[str, float] = {}
+        if self.hours_before is not None:
+            cost["hours"] = round(self.hours_before + (time.perf_counter() - self.began) / 3600, 6)
+        if self.parts.setting.device.type == "cuda":
+            cost["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.parts.setting.device)
+        return cost
 
     def _save(self, path: Path | None = None) -> None:
         checkpoint.save(path or self.folder.last, self.parts.learner, self.position, self.tally, self.best_top1)
@@ -190,6 +204,8 @@ class _Run:
             "last_epoch": {"epoch": last["epoch"], "scores": last["scores"]},
             "best_epoch_on_test": {"epoch": best["epoch"], "scores": best["scores"]},
             "images_per_s": statistics.median(r["images_per_s"] for r in records if r["kind"] == "train"),
+            "hours": last.get("hours"),  # of training and evaluation, building left out
+            "peak_memory_bytes": max((r["peak_memory_bytes"] for r in tests if "peak_memory_bytes" in r), default=None),
             "steps": self.global_step,
             "parameters": sum(p.numel() for p in self.parts.learner.peers.parameters()),
             "hardware": hardware(self.parts.setting.device),
@@ -248,7 +264,7 @@ class _Timer:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def noted_signals() -> Iterator[list[int]]:
     """SIGTERM and SIGINT append to the list instead of killing; the second SIGINT is an ordinary KeyboardInterrupt."""
     requested: list[int] = []
     before: dict[int, Any] = {}

@@ -1,0 +1,128 @@
+"""The loop over a plan: start what is missing, go on with what was cut off, retry a failure once, report."""
+
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from cutnmix.benchmarks.reproduce import report
+from cutnmix.benchmarks.reproduce.grid import Grid, Planned, Scale
+from cutnmix.benchmarks.reproduce.ledger import Ledger
+from cutnmix.benchmarks.reproduce.workers import Events
+from cutnmix.trainer.display import Display
+from cutnmix.trainer.folder import RunFolder, Stopped
+from cutnmix.trainer.run import noted_signals
+
+ATTEMPTS = 2  # of a run that fails
+LEDGER = "ledger.jsonl"  # under --out
+
+State = Literal["done", "cut off", "missing"]
+Place = Callable[[deque[Planned], list[int]], Events]
+
+
+class Summary(NamedTuple):
+    """How it ended, by the names of the runs' folders."""
+
+    finished: list[str]
+    failed: dict[str, str]  # run -> reason, after all attempts
+    taken: list[str]  # another process is at work on them
+    page: Path  # report.html
+
+
+class Halted(Stopped):
+    """A signal stopped the grid; all that ran has saved."""
+
+    def __init__(self, signum: int, out: Path):
+        super().__init__(signum, out)
+        text = str(self).partition(";")[0]
+        self.args = (f"{text}; {out} is saved: the same command goes on from there",)
+
+
+def state(planned: Planned) -> State:
+    """What a run's folder holds.
+
+    Raises: RunError if it holds a run with other keys.
+    """
+    folder = RunFolder(planned.config.folder)
+    folder.check(planned.config, "another --out keeps the two apart")
+    if folder.result.exists():
+        return "done"
+    return "cut off" if folder.config.exists() else "missing"
+
+
+def page_folder(grid: Grid, scale: float, out: Path) -> Path:
+    """Where the report of a grid at a scale goes; the runs lie beside it."""
+    return out / f"{grid.name}{Scale(scale).stamp}"
+
+
+def reproduce(
+    grid: Grid,
+    plan: Sequence[Planned],
+    scale: float,
+    out: Path,
+    place: Place,
+    display: Display,
+    leave_out: Collection[str] = (),
+) -> Summary:
+    """Run all of the plan that is not done, in that place, and write the report after each run and at the end.
+
+    Runs on the data sets in `leave_out` stay as they are.
+    Raises: RunError for a folder with other keys, before any work; Halted on SIGTERM and SIGINT.
+    """
+    states = [state(planned) for planned in plan]
+    todo = deque(
+        planned
+        for planned, kept in zip(plan, states, strict=True)
+        if kept != "done" and planned.cell.data not in leave_out
+    )
+    ledger = Ledger(out / LEDGER, grid.name, scale)
+    attempts: Counter[str] = Counter()
+    finished: list[str] = []
+    failed: dict[str, str] = {}
+    taken: list[str] = []
+    total, folder = len(todo), page_folder(grid, scale, out)
+    with noted_signals() as stop, closing(place(todo, stop)) as events:
+        for event in events:
+            name = event.planned.config.folder.name
+            if event.what == "started":
+                ledger.append("started", name, pid=event.pid)
+                display.note(f"[{len(finished) + len(failed) + len(taken) + 1}/{total}] {name}")
+                continue
+            details = {key: value for key, value in event._asdict().items() if key in _TOLD and value}
+            ledger.append(event.what, name, pid=event.pid, **details)
+            display.note(f"{name}: {_WORDS[event.what]}{': ' if event.reason else ''}{event.reason}")
+            if event.what in ("finished", "done"):
+                finished.append(name)
+                try:
+                    _write_report(grid, plan, scale, folder)
+                except Exception as error:  # the runs matter more; at the end it is tried once more, and may raise
+                    display.note(f"the report could not be written: {type(error).__name__}: {error}")
+            elif event.what == "taken":
+                taken.append(name)
+            elif event.what == "failed":
+                attempts[name] += 1
+                if attempts[name] < ATTEMPTS:
+                    ledger.append("retried", name)
+                    todo.append(event.planned)
+                else:
+                    failed[name] = event.reason
+    page = _write_report(grid, plan, scale, folder)
+    if stop:
+        raise Halted(stop[0], out)
+    return Summary(finished, failed, taken, page)
+
+
+_TOLD = ("reason", "traceback")
+_WORDS = {
+    "finished": "finished",
+    "failed": "failed",
+    "stopped": "stopped and saved",
+    "taken": "another process is at work on it; left to that",
+    "done": "finished meanwhile by another process",
+}
+
+
+def _write_report(grid: Grid, plan: Sequence[Planned], scale: float, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return report.write(grid, list(plan), scale, folder)

@@ -1,0 +1,165 @@
+"""What a plan will cost: images and FLOPs by arithmetic, time from a few real steps of each network.
+
+    FLOP of training = images x MACs x 2 x 3, over the networks that are trained: 2 a MAC, backward = 2 x forward
+    FLOP of a network that only predicts, such as a teacher, and of the evaluations = images x MACs x 2
+    seconds = FLOP / (FLOP of a step / its seconds), each network at the rate of its own measured step
+
+MACs as models/cost.py counts them. The optimizer, the norms and starting up are not counted.
+"""
+
+import statistics
+import time
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cutnmix.benchmarks.reproduce.grid import IMAGES_PER_CLASS, Planned
+from cutnmix.models.cost import branches_cost, cost
+from cutnmix.pipeline.datasets import DataError, load_splits
+from cutnmix.pipeline.distort import view_size
+from cutnmix.pipeline.plan import Distort
+from cutnmix.trainer.config import Config, ConfigError
+from cutnmix.trainer.folder import RunFolder
+from cutnmix.trainer.overview import stepping
+
+CIFAR = {"cifar10": 10, "cifar100": 100}  # classes; sizes by heart, so that a plan needs no data set
+CIFAR_TEST = 10_000
+PREDICT_ONLY = {"cs_kd": 1, "pcl": 1}  # passes an image and network without gradients, beside the trained ones
+WARMUP, STEPS, SECONDS = 1, 3, 10.0  # a measurement: steps not counted, then STEPS or as many as fit into SECONDS
+
+
+class Sizes(NamedTuple):
+    """Of a data set as a run sees it."""
+
+    train: int
+    test: int
+    classes: int
+    size: tuple[int, int]  # (H, W) of the views
+
+
+class Work(NamedTuple):
+    """Of one run, or of several together."""
+
+    images: int  # training images, a second view of one counted too
+    train_flops: int
+    test_flops: int
+    disk_bytes: int  # checkpoints and exported peers: 5 x 4 bytes a parameter
+
+    @property
+    def flops(self) -> int:
+        """All."""
+        return self.train_flops + self.test_flops
+
+
+class Measured(NamedTuple):
+    """A training step of a run: the median of a few."""
+
+    seconds: float
+    flops_per_s: float
+
+
+def sizes(config: Config) -> Sizes:
+    """How many images a run trains and tests on; CIFAR's without a look at the files."""
+    data = config.data
+    if data.name not in CIFAR:
+        return _loaded_sizes(
+            data.name, data.root, _frozen(data.classes), data.images_per_class, config.distort.image_size
+        )
+    every = CIFAR[data.name]
+    classes = every if data.classes is None else data.classes if isinstance(data.classes, int) else len(data.classes)
+    images = IMAGES_PER_CLASS[data.name] if data.images_per_class is None else data.images_per_class
+    return Sizes(images * classes, CIFAR_TEST // every * classes, classes, (32, 32))
+
+
+@cache
+def _loaded_sizes(name: str, root: Path | None, classes: Any, images_per_class: int | None, image_size: int) -> Sizes:
+    train, test = load_splits(name, root, classes=classes, images_per_class=images_per_class, download=False)
+    return Sizes(len(train), len(test), len(train.classes), view_size(train, Distort(image_size=image_size)))
+
+
+def _frozen(classes: Any) -> Any:
+    return tuple(classes) if isinstance(classes, list) else classes
+
+
+def work(config: Config) -> Work:
+    """Of a whole run.
+
+    Raises: ConfigError for a network that is unknown or does not take the images.
+    """
+    data = sizes(config)
+    macs, parameters = _peers_cost(config, data)
+    views = 2 if config.needs.second == "image" else 1  # of an image and peer, trained on
+    predicted = PREDICT_ONLY.get(config.method["name"], 0) + bool(config.method.get("teacher"))
+    seen = data.train * config.epochs
+    evaluations = -(-config.epochs // config.eval_every)  # the last epoch is always evaluated
+    return Work(
+        images=seen * (2 if config.needs.second else 1),
+        train_flops=2 * seen * macs * (3 * views + predicted),
+        test_flops=2 * data.test * evaluations * macs,
+        disk_bytes=5 * 4 * parameters,
+    )
+
+
+def _peers_cost(config: Config, data: Sizes) -> tuple[int, int]:
+    """(MACs of an image through all peers, parameters)."""
+    peers = config.peers
+    try:
+        if peers.form == "nets":
+            costs = [_cost(name, data.classes, data.size) for name in peers.networks]
+            return sum(c.macs for c in costs), sum(c.parameters for c in costs)
+        branches = _branches_cost(peers.networks[0], peers.count, data.classes, data.size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    cut = branches.shared if config.views == "shared" else branches.per_peer
+    return cut.macs, cut.parameters
+
+
+_cost, _branches_cost = cache(cost), cache(branches_cost)
+
+
+def left(config: Config) -> float:
+    """The share of a run that is still to do, by what is on record."""
+    folder = RunFolder(config.folder)
+    if folder.result.exists():
+        return 0.0
+    records = folder.records() if folder.last.exists() else []
+    return 1 - records[-1]["epoch"] / config.epochs if records else 1.0
+
+
+def measure(config: Config) -> Measured:
+    """A few of the run's own training steps here, data and update included.
+
+    Raises: ConfigError, DataError as building the run does.
+    """
+    step_flops = work(config).train_flops / (sizes(config).train * config.epochs) * config.batch_size
+    taken: list[float] = []
+    with stepping(config) as step:
+        for _ in range(WARMUP):
+            step()
+        began = time.perf_counter()
+        while len(taken) < STEPS and (not taken or time.perf_counter() - began < SECONDS):
+            taken.append(step())
+    seconds = statistics.median(taken)
+    return Measured(seconds, step_flops / seconds)
+
+
+def absent_data(plan: Iterable[Planned], download: bool) -> dict[str, str]:
+    """The data sets of the plan that cannot be had, each with the reason. Loads every one of the others once.
+
+    `download` false keeps a look at the plan from downloading anything.
+    """
+    absent: dict[str, str] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for run in plan:
+        data = run.config.data
+        key = (data.name, data.root, _frozen(data.classes), data.images_per_class)
+        if key in seen:
+            continue
+        seen.add(key)
+        keys: dict[str, Any] = {"classes": data.classes, "images_per_class": data.images_per_class}
+        try:
+            load_splits(data.name, data.root, **keys, download=data.download and download)
+        except DataError as error:
+            absent.setdefault(run.cell.data, str(error))
+    return absent

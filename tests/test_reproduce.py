@@ -1,0 +1,478 @@
+"""cutnmix reproduce: the laws of grids and scales, and real grids that are killed, fail, go on and end alike."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from test_resume import assert_same, comparable_records, final_state, steps_on_record
+from torch.utils.flop_counter import FlopCounterMode
+
+from cutnmix.benchmarks.reproduce import estimate, workers
+from cutnmix.benchmarks.reproduce.__main__ import _sort
+from cutnmix.benchmarks.reproduce.drive import LEDGER, page_folder, reproduce, state
+from cutnmix.benchmarks.reproduce.grid import IMAGES_PER_CLASS, Scale, grids, load_grid, plan_grid
+from cutnmix.benchmarks.reproduce.ledger import Ledger
+from cutnmix.configs import shipped
+from cutnmix.models.peers import build_peer
+from cutnmix.pipeline.datasets import load_splits
+from cutnmix.trainer import cli
+from cutnmix.trainer.config import ConfigError, dump_config, load_config
+from cutnmix.trainer.display import Display
+from cutnmix.trainer.folder import RunError, RunFolder
+
+TINY = """
+title: A tiny grid
+seeds: [95]
+data: [digits]
+networks: [resnet20]
+overrides: [epochs=2, batch_size=24, data.images_per_class=12, log_every=1, checkpoint.every_steps=1,
+            "schedule.milestones=[1]", distort.flip=0, precision=fp32]
+rows:
+"""
+BASELINE = "  - {name: baseline, label: Baseline, recipe: table1/baseline}\n"
+CUTNMIX = "  - {name: cutnmix, label: Ours, recipe: paper}\n"
+DIVERGES = "  - {name: diverges, label: Diverges, recipe: table1/baseline, overrides: [optimizer.lr=1e30]}\n"
+
+
+def write_grid(folder: Path, *rows: str) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(TINY + "".join(rows))
+    return path
+
+
+def quiet() -> Display:
+    return Display(Console(file=io.StringIO()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the processes that are started here: sums must be taken in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_grid(path: Path, out: Path, **keys):
+    grid = load_grid(str(path))
+    return reproduce(grid, plan_grid(grid, out=out), 1.0, out, partial(workers.here, display=quiet()), quiet(), **keys)
+
+
+def events(out: Path, run: str) -> list[str]:
+    return [record["event"] for record in Ledger(out / LEDGER, "", 1).records() if record["run"] == run]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """The command in this process: (exit code, standard output, standard error)."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["cutnmix", "reproduce", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return int(left.value.code or 0), *capsys.readouterr()
+
+    return call
+
+
+# Grids
+
+
+def test_table_1_is_every_method_with_every_network_on_both_data_sets():
+    grid = load_grid("table1")
+    plan = plan_grid(grid)
+    assert len(plan) == 2 * 6 * 9 * 3
+    assert len({run.config.folder for run in plan}) == len(plan)
+    assert {run.config.seed for run in plan} == {95, 96, 97}
+    for run in plan:  # each is the recipe of its row, but for its cell
+        row = load_config(run.cell.row.recipe)
+        assert (run.config.data.name, run.config.peers.networks[0]) == (run.cell.data, run.cell.network)
+        for key in ("method", "mix", "views", "epochs", "schedule", "optimizer", "distort", "batch_size"):
+            assert getattr(run.config, key) == getattr(row, key)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.02])
+def test_all_grids_are_valid_and_share_a_folder_only_where_they_share_the_run(scale):
+    assert not any(name.startswith(("grids", "paper/")) for name in shipped())
+    seen: dict[Path, dict] = {}
+    for name in grids():
+        grid = load_grid(name)
+        plan = plan_grid(grid, seeds=[95], scale=scale)
+        assert len(plan) == len(grid.data) * len(grid.networks) * len(grid.rows)
+        for run in plan:
+            tree = dump_config(run.config)
+            assert seen.setdefault(run.config.folder, tree) == tree, f"{name}: {run.config.folder}"
+            assert run.config.folder.name.endswith("seed95" if scale == 1 else "seed95-scale0.02")
+            assert run.config.resume == "auto"
+    assert page_folder(load_grid("table1"), 0.02, Path("o")) == Path("o/table1-scale0.02")
+
+
+def test_table_2_leaves_a_term_out_where_the_paper_has_no_tick():
+    terms = {
+        r.cell.row.name: (r.config.method["beta"], r.config.method["gamma"]) for r in plan_grid(load_grid("table2"))
+    }
+    assert terms == {
+        "cutnmix_dml": (0, 0),
+        "cutnmix_mmd": (0.3, 0),
+        "cutnmix_pt": (0, 0.1),
+        "cutnmix": (0.3, 0.1),
+    }
+
+
+@pytest.mark.parametrize("row", ["dml_cutmix"])
+def test_dml_with_cutmix_shows_all_peers_the_same_batch(row):
+    (run,) = plan_grid(load_grid("figure1"), only={"method": [row], "network": ["resnet32"]}, seeds=[95])
+    config = run.config
+    assert (config.views, config.mix.name, config.method["name"], config.peers.count) == ("shared", "cutmix", "dml", 2)
+
+
+# What is selected
+
+
+def test_only_selects_in_the_order_of_the_grid():
+    grid = load_grid("table1")
+    only = {"network": ["resnet32"], "method": ["cutnmix", "baseline"], "data": ["cifar100"]}
+    plan = plan_grid(grid, only=only, seeds=[96, 95])
+    names = [(run.seed, run.cell.row.name) for run in plan]
+    assert names == [(96, "baseline"), (96, "cutnmix"), (95, "baseline"), (95, "cutnmix")]
+
+
+def test_after_only_a_shell_passes_several_keys():
+    rest = ["box_rule", "method=baseline,dml", "precision=fp32", "network=vgg16"]
+    assert _sort(rest, ["network=resnet32"]) == (
+        "box_rule",
+        {"network": ["resnet32", "vgg16"], "method": ["baseline", "dml"]},
+        ["precision=fp32"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tabel1"], ["tabel1", "did you mean table1?"]),
+        (["ablation"], ["box_rule", "peers"]),
+        (["table1", "box_rule"], ["box_rule", "KEY=VALUE"]),
+        (["table1", "--only", "network=resnet33"], ["network=resnet33", "vgg16", "did you mean resnet32?"]),
+        (["table1", "method=dlm"], ["method=dlm", "baseline, dml", "did you mean"]),
+        (["table1", "--only", "epochs=3"], ["--only epochs=3", "data=, network=, method="]),
+        (["table1", "epohcs=3"], ["epohcs", "did you mean epochs?"]),
+        (["table1", "seed=3"], ["seed=3", "--seeds"]),
+        (["table1", "--seeds", "95,x"], ["--seeds", "95,x"]),
+        (["table1", "--seeds", "95,95"], ["--seeds", "95", "twice"]),
+        (["table1", "--scale", "0"], ["--scale", "at most 1"]),
+        (["table1", "--scale", "1.5"], ["--scale", "at most 1"]),
+        (["table1", "--scale", "0.001", "data=cifar100"], ["--scale", "cifar100", "500", "above 0.001"]),
+        (["table1", "--workers", "2", "--ray", "10.0.0.1:6379"], ["--workers"]),
+        (["table1", "data=cifar10", "data.download=false", "--root", "nowhere"], ["nowhere", "cifar-10"]),
+        (["table1", "data=cifar100", "peers.network=resnet33"], ["peers.network", "network=NAME"]),
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_is_one_line_that_names_it(arguments, words, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, error = command(*arguments)
+    assert code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1
+    for word in words:
+        assert word in error
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_line_of_the_readme_plans_six_runs(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = "table1 --scale 0.02 --only network=resnet32 method=baseline,dml,cutnmix --seeds 95 --dry-run --no-measure"
+    code, out, _ = command(*line.split())
+    assert code == 0
+    assert sum(text.startswith("missing  cifar") and "seed95-scale0.02" in text for text in out.splitlines()) == 6
+    assert "SCALE 0.02" in out and "5 epochs of 1,000 images" in out
+    assert not any(tmp_path.iterdir())
+
+
+def test_list_names_every_grid(command):
+    code, out, _ = command("--list")
+    assert code == 0
+    for name in grids():
+        assert name.replace("/", " ") in out
+
+
+# Scale
+
+
+@pytest.mark.parametrize("value", [0.005, 0.02, 0.1, 0.3, 0.5, 0.999])
+@pytest.mark.parametrize("recipe", ["paper", "table1/one", "quickstart"])
+def test_a_scaled_run_has_the_same_shape(recipe, value):
+    full = load_config(recipe, ["schedule.warmup_epochs=2"])
+    short = Scale(value).apply(full)
+    labels = load_splits("digits").train.labels
+    images = {"cifar100": 500, "digits": int(min(Counter(labels.tolist()).values()))}[full.data.name]
+    assert short.epochs == max(1, round(value * full.epochs))
+    assert short.data.images_per_class == round(value * images)
+    assert -(-short.epochs // short.eval_every) <= 10
+    for scaled, of in zip(times(short), times(full), strict=True):  # the same shares of the run
+        assert scaled / short.epochs == pytest.approx(of / full.epochs, abs=1e-5)
+    same = set(dump_config(full)) - {"epochs", "eval_every", "data", "schedule", "method"}
+    assert all(getattr(short, key) == getattr(full, key) for key in same)
+    assert short.method | {"ramp_epochs": 0} == full.method | {"ramp_epochs": 0}
+
+
+def times(config) -> list[float]:
+    """All keys that are in epochs."""
+    schedule = config.schedule
+    milestones = schedule.milestones if schedule.name == "step" else []
+    return [*milestones, schedule.warmup_epochs, config.method.get("ramp_epochs", 0)]
+
+
+def test_cost_falls_with_the_square_of_the_scale():
+    full = load_config("paper")
+    for value in (0.1, 0.25, 0.5):
+        ratio = estimate.work(Scale(value).apply(full)).train_flops / estimate.work(full).train_flops
+        assert ratio == pytest.approx(value**2)
+    assert Scale(1).apply(full) is full
+
+
+# Cost
+
+
+def test_pflop_of_the_papers_runs_are_those_of_the_survey():
+    survey = {"vgg16": 45, "vgg19": 57, "resnet32": 10, "resnet110": 24, "wrn20_8": 147, "densenet40_12": 10}
+    for network, pflop in survey.items():
+        config = load_config("paper", [f"peers.network={network}"])
+        assert estimate.work(config).train_flops / 1e15 == pytest.approx(pflop, rel=0.05)
+
+
+def test_flops_are_those_of_a_real_forward_and_backward():
+    config = load_config("quickstart", ["epochs=3", "eval_every=2", "data.images_per_class=10"])
+    net, image = build_peer("resnet20", 10, seed=0, j=0), torch.randn(4, 3, 32, 32)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        net(image)
+    with FlopCounterMode(display=False) as both:
+        net(image)[0].sum().backward()
+    cost, tests = estimate.work(config), len(load_splits("digits").test)
+    images = 2 * 3 * 100  # peers, epochs, images
+    assert cost.train_flops == 3 * images * forward.get_total_flops() // 4
+    assert cost.train_flops == pytest.approx(images * both.get_total_flops() / 4, rel=0.01)  # no gradient to the image
+    assert cost.test_flops == 2 * 2 * tests * forward.get_total_flops() // 4  # after epochs 2 and 3
+    assert cost.images == 300
+
+
+@pytest.mark.parametrize(
+    ("recipe", "passes"),
+    [("baseline", 3), ("cutmix", 3), ("dml", 6), ("kdcl", 6), ("cs_kd", 4), ("ddgsd", 6)],
+)
+def test_passes_of_a_method_over_a_network(recipe, passes):
+    one_pass = estimate.work(load_config("table1/baseline")).train_flops / 3
+    assert estimate.work(load_config(f"table1/{recipe}")).train_flops == pytest.approx(passes * one_pass)
+
+
+def test_branches_cost_less_than_networks():
+    one, dml = (estimate.work(load_config(f"table1/{name}")) for name in ("one", "dml"))
+    assert dml.train_flops / 2 < one.train_flops < dml.train_flops
+    assert dml.disk_bytes / 2 < one.disk_bytes < dml.disk_bytes
+
+
+def test_sizes_are_those_of_the_data_set():
+    keys = ["data.classes=4", "data.images_per_class=9"]
+    train, test = load_splits("digits", classes=4, images_per_class=9)
+    assert estimate.sizes(load_config("quickstart", keys)) == (len(train), len(test), 4, (32, 32))
+
+
+@pytest.mark.cifar
+def test_sizes_of_cifar_are_those_of_the_files(cifar_root):
+    train, test = load_splits("cifar100", cifar_root, classes=20, images_per_class=250)
+    config = load_config("paper", ["data.classes=20", "data.images_per_class=250"])
+    assert estimate.sizes(config) == (len(train), len(test), 20, (32, 32))
+    assert len(load_splits("cifar100", cifar_root).train) == 100 * IMAGES_PER_CLASS["cifar100"]
+
+
+# The ledger
+
+
+def test_the_ledger_survives_a_line_cut_short(tmp_path):
+    ledger = Ledger(tmp_path / "deep" / LEDGER, "tiny", 0.5)
+    ledger.append("started", "a", pid=7)
+    ledger.append("failed", "a", reason='of "quotes"\nand lines')
+    whole = ledger.path.read_bytes()
+    for cut in range(1, len(whole) - len(whole.splitlines()[0])):
+        ledger.path.write_bytes(whole[:-cut])
+        ledger.append("retried", "a")
+        kept = ledger.records()
+        assert (kept[0]["event"], kept[-1]["event"]) == ("started", "retried")
+    assert (kept[0]["grid"], kept[0]["scale"], kept[0]["pid"]) == ("tiny", 0.5, 7)
+
+
+# Real grids
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, one_thread) -> Path:
+    """The folder of a grid of two runs that nobody disturbed, one by one in this process."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    summary = run_grid(write_grid(folder, BASELINE, CUTNMIX), folder / "out")
+    assert (len(summary.finished), summary.failed, summary.taken) == (2, {}, [])
+    assert summary.page.is_file() and summary.page.parent == folder / "out" / "tiny"
+    return folder / "out"
+
+
+RUNS = ["digits-resnet20-baseline-seed95", "digits-resnet20-cutnmix-seed95"]
+
+
+def assert_same_runs(out: Path, reference: Path) -> None:
+    for run in RUNS:
+        assert_same(final_state(out / run)["learner"], final_state(reference / run)["learner"])
+        assert comparable_records(out / run) == comparable_records(reference / run)
+        results = [json.loads(RunFolder(o / run).result.read_text()) for o in (out, reference)]
+        assert results[0]["last_epoch"] == results[1]["last_epoch"]
+
+
+def test_what_is_done_is_skipped_and_what_is_new_is_run(uninterrupted):
+    before = {run: (uninterrupted / run / "result.json").stat().st_mtime_ns for run in RUNS}
+    summary = run_grid(uninterrupted.parent / "tiny.yaml", uninterrupted)
+    assert summary.finished == []
+    assert before == {run: (uninterrupted / run / "result.json").stat().st_mtime_ns for run in RUNS}
+    for run in RUNS:
+        assert events(uninterrupted, run) == ["started", "finished"]
+        assert estimate.left(RunFolder(uninterrupted / run).read_config()) == 0
+
+
+def test_a_folder_with_other_keys_is_refused_before_any_work(uninterrupted):
+    grid = load_grid(str(uninterrupted.parent / "tiny.yaml"))
+    plan = plan_grid(grid, seeds=[94, 95], out=uninterrupted, overrides=["optimizer.lr=0.01"])
+    with pytest.raises(RunError, match=r"optimizer\.lr \(was 0\.05, now 0\.01\); another --out"):
+        reproduce(grid, plan, 1.0, uninterrupted, partial(workers.here, display=quiet()), quiet())
+    assert state(plan[0]) == "missing"
+
+
+def test_a_run_that_fails_is_tried_twice_and_the_others_go_on(tmp_path, uninterrupted):
+    out = tmp_path / "out"
+    path = write_grid(tmp_path, DIVERGES, BASELINE)
+    summary = run_grid(path, out)
+    bad = "digits-resnet20-diverges-seed95"
+    assert summary.finished == [RUNS[0]]
+    assert list(summary.failed) == [bad] and "not finite" in summary.failed[bad]
+    assert events(out, bad) == ["started", "failed", "retried", "started", "failed"]
+    order = [r["run"] for r in Ledger(out / LEDGER, "", 1).records() if r["event"] == "started"]
+    assert order == [bad, RUNS[0], bad]
+    assert_same(final_state(out / RUNS[0])["learner"], final_state(uninterrupted / RUNS[0])["learner"])
+
+
+def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path):
+    path, out = write_grid(tmp_path, BASELINE, CUTNMIX), tmp_path / "out"
+    with RunFolder(out / RUNS[1]).locked():
+        plan = plan_grid(load_grid(str(path)), out=out, only={"method": ["cutnmix"]})
+        for place in (workers.here, partial(workers.processes, count=1, threads=1)):
+            summary = reproduce(load_grid(str(path)), plan, 1.0, out, place, quiet())
+            assert (summary.finished, summary.failed, summary.taken) == ([], {}, [RUNS[1]])
+    assert events(out, RUNS[1])[-1] == "taken"
+
+
+def test_runs_of_a_data_set_that_is_not_there_are_left_out(tmp_path):
+    path, out = write_grid(tmp_path, BASELINE), tmp_path / "out"
+    summary = run_grid(path, out, leave_out={"digits"})
+    assert (summary.finished, summary.failed, summary.taken) == ([], {}, [])
+    assert summary.page.is_file()
+
+
+def start_grid(path: Path, out: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "cutnmix.trainer", "reproduce", str(path), "--out", str(out), "--no-measure"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+    with (path.parent / "log").open("a") as log:
+        return subprocess.Popen([*command, *arguments], stdout=log, stderr=subprocess.STDOUT, env=env)
+
+
+def wait_until(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_free(folder: Path) -> bool:
+    try:
+        with RunFolder(folder).locked():
+            return True
+    except RunError:
+        return False
+
+
+@pytest.mark.slow
+def test_a_grid_that_is_stopped_and_killed_goes_on_and_ends_as_if_it_had_not_been(tmp_path, uninterrupted):
+    path, out = write_grid(tmp_path, BASELINE, CUTNMIX), tmp_path / "out"
+    process = start_grid(path, out)
+    wait_until(lambda: 2 <= steps_on_record(out / RUNS[0]), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75
+    assert "the same command goes on" in (tmp_path / "log").read_text()
+    (baseline, _) = plan_grid(load_grid(str(path)), out=out)
+    assert state(baseline) == "cut off" and 0 < estimate.left(baseline.config) < 1
+    process = start_grid(path, out)
+    wait_until(lambda: 3 <= steps_on_record(out / RUNS[1]), process)
+    process.kill()
+    process.wait()
+    assert not (out / RUNS[1] / "result.json").exists()
+    assert len(run_grid(path, out).finished) == 1
+    assert_same_runs(out, uninterrupted)
+    assert events(out, RUNS[0]) == ["started", "stopped", "started", "finished"]
+    assert events(out, RUNS[1]) == ["started", "started", "finished"]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_started_again_and_sigterm_stops_all(tmp_path, uninterrupted):
+    path, out = write_grid(tmp_path, BASELINE, CUTNMIX), tmp_path / "out"
+    process = start_grid(path, out, "--workers", "2")
+    wait_until(lambda: 2 <= steps_on_record(out / RUNS[0]), process)
+    pids = {r["run"]: r["pid"] for r in Ledger(out / LEDGER, "", 1).records() if r["event"] == "started"}
+    os.kill(pids[RUNS[0]], signal.SIGKILL)
+    wait_until(lambda: events(out, RUNS[0])[-2:] == ["retried", "started"], process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 75
+    (failure,) = [r for r in Ledger(out / LEDGER, "", 1).records() if r["event"] == "failed"]
+    assert (failure["run"], failure["reason"]) == (RUNS[0], "killed by SIGKILL")
+    assert events(out, RUNS[0])[-1] == "stopped"
+    run_grid(path, out)  # in another place than where they began
+    assert_same_runs(out, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
+def test_processes_save_and_end_with_the_command_however_that_ended(tmp_path):
+    path, out = write_grid(tmp_path, BASELINE), tmp_path / "out"
+    process = start_grid(path, out, "--workers", "1")
+    wait_until(lambda: 2 <= steps_on_record(out / RUNS[0]), process)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while not is_free(out / RUNS[0]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert is_free(out / RUNS[0])
+    assert "stopped by SIGTERM" in (out / RUNS[0] / workers.LOG).read_text()
+
+
+@pytest.mark.slow
+def test_ray_reschedules_a_run_whose_worker_was_killed(tmp_path, uninterrupted):
+    pytest.importorskip("ray")
+    path, out = write_grid(tmp_path, BASELINE, CUTNMIX), tmp_path / "out"
+    process = start_grid(path, out, "--ray", "local", "--workers", "1")
+    wait_until(lambda: any(2 <= steps_on_record(out / run) < 8 for run in RUNS), process)
+    (begun,) = [r for r in Ledger(out / LEDGER, "", 1).records() if r["event"] == "started"]
+    os.kill(begun["pid"], signal.SIGKILL)
+    assert process.wait() == 0, (tmp_path / "log").read_text()
+    assert events(out, begun["run"]) == ["started", "started", "finished"]  # of its own, not as a failure
+    assert_same_runs(out, uninterrupted)
+
+
+def test_without_ray_its_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    ledger = Ledger(tmp_path / LEDGER, "tiny", 1.0)
+    place = workers.on_ray(deque(), [], ledger=ledger, address="local", count=1, threads=1, gpus=1.0)
+    with pytest.raises(ConfigError, match=r'pip install "cutnmix\[ray\]"'):
+        next(place)
