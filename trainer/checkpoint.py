@@ -14,6 +14,7 @@ takes back its own on the same mesh.
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,7 +150,9 @@ def _clear(path: Path) -> None:
 
 def _read(folder: Path, targets: dict[str, Tensor]) -> None:
     """Fill the targets in place, each from what has its name."""
-    dcp.load({**targets}, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each process reads for itself, on purpose
+        dcp.load({**targets}, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
 
 
 def _own_tensors(learner: Learner) -> dict[str, Tensor]:

@@ -155,7 +155,7 @@ def joined(config: Config) -> Iterator[Mesh]:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=mesh.timeout_s)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        _meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout)
         devices = init_device_mesh(device.type, (mesh.data, mesh.peer), mesh_dim_names=("data", "peer"))
         for axis in ("data", "peer"):
             dist.distributed_c10d.set_timeout(timeout, devices.get_group(axis))
@@ -167,20 +167,29 @@ def joined(config: Config) -> Iterator[Mesh]:
     dist.destroy_process_group()
 
 
+def _meet(backend: str, timeout: timedelta) -> None:
+    """init_process_group, but apart from former starts of the same run.
+
+    torchrun's own store outlives the processes that it starts anew, which would read the addresses of the dead in it
+    (pytorch#135712).
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+        store = dist.PrefixStore(f"start{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
 def _roll_call(timeout_s: float, reason: str) -> str:
     """Who is missing, in words. Those who noticed sign in torchrun's store, which outlives them."""
-    rank, restart = dist.get_rank(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    missing = "unknown"
+    missing, keys = "unknown", {each: f"cutnmix/here/{each}" for each in range(int(os.environ["WORLD_SIZE"]))}
     try:
-        store, keys = dist.distributed_c10d._get_default_store(), {}
-        for each in range(dist.get_world_size()):
-            keys[each] = f"cutnmix/lost/{restart}/{each}"
-        store.set(keys[rank], "here")
+        store = dist.distributed_c10d._get_default_store()
+        store.set(keys[int(os.environ["RANK"])], "here")
         end = time.monotonic() + _ROLL_CALL_S
         while time.monotonic() < end and not store.check([*keys.values()]):
             time.sleep(0.1)
         missing = ", ".join(str(each) for each, key in keys.items() if not store.check([key])) or "none at roll call"
-    except RuntimeError:  # the store is gone, with the process that held it
+    except (RuntimeError, ValueError):  # the store is gone, with the process that held it, or never was
         pass
     return (
         f"mesh: another process died or did not answer for {timeout_s:g} s (mesh.timeout_s); "
