@@ -20,7 +20,8 @@ from cutnmix.trainer.step import Tally
 
 STEPS = 20
 COMMON = [
-    "data.images_per_class=11",  # 110 images: six batches of 16 and one of 14, which three would not divide
+    "data.classes=9",
+    "data.images_per_class=11",  # 99 images: six batches of 16, and one of 3, cut into parts of 1 and 2
     "epochs=3",
     "batch_size=16",
     "eval_batch_size=100",
