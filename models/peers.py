@@ -1,6 +1,6 @@
 """J peers side by side: whole networks of one or several architectures, or branches on a trunk that they share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, cast
 
@@ -43,6 +43,14 @@ def seeded(*key: int) -> Iterator[None]:
         yield
 
 
+def by_number(numbers: range, modules: Iterable[nn.Module]) -> nn.ModuleList:
+    """A list to iterate over, whose modules are named by these numbers instead of 0, 1, ..."""
+    named = nn.ModuleList()
+    for number, module in zip(numbers, modules, strict=True):
+        named.add_module(str(number), module)
+    return named
+
+
 class Peers(nn.Module):
     """J networks; view v goes to peer v, or the only view to all of them.
 
@@ -53,18 +61,23 @@ class Peers(nn.Module):
     architecture, on the trunk of the first. The trunk sees the views of a step in one pass, so its batch norms take
     their statistics over all of them. Built from whole networks, branches can share no module by mistake.
 
-    Args: `networks` names the network of each peer, `seed` >= 0 is the run's.
+    Args: `networks` names the network of each of the J peers, `seed` >= 0 is the run's. `own`: the numbers of those
+    that live here, None for all; the others live in other processes. A peer's weights are called nets.j, j its number
+    among all, wherever it lives.
     Raises: ValueError, naming the key, for no peers, an unknown network or form, or branches of networks that have no
     trunk or are not all the same.
     """
 
-    def __init__(self, networks: Sequence[str], *, num_classes: int, seed: int, form: str = "nets") -> None:
+    def __init__(
+        self, networks: Sequence[str], *, num_classes: int, seed: int, form: str = "nets", own: range | None = None
+    ) -> None:
         super().__init__()
         if not networks:
             raise ValueError("peers.count must be at least 1, got 0")
         if form not in FORMS:
             raise ValueError(f"peers.form must be one of {', '.join(FORMS)}, got {form!r}")
-        nets = [build_peer(network, num_classes, seed=seed, j=j) for j, network in enumerate(networks)]
+        own = range(len(networks)) if own is None else own
+        nets = [build_peer(networks[j], num_classes, seed=seed, j=j) for j in own]
         self.trunk: nn.Module | None = None
         self.trunk_dim: int | None = None
         if form == "branches":
@@ -75,20 +88,20 @@ class Peers(nn.Module):
                 raise ValueError(f"peers.form: {networks[0]} cannot be cut into trunk and branches; use nets")
             self.trunk, self.trunk_dim = cut[0].trunk, cut[0].trunk_dim
             nets = [net.branch for net in cut]
-        self.nets = nn.ModuleList(nets)
+        self.nets = by_number(own, nets)
 
     def __len__(self) -> int:
-        """J."""
+        """J, or how many of the J live here."""
         return len(self.nets)
 
     @property
     def feature_dims(self) -> tuple[int, ...]:
-        """(D_0, ..., D_{J-1})."""
+        """(D_0, ..., D_{J-1}), of those that live here."""
         return tuple(cast(int, net.feature_dim) for net in self.nets)
 
     def network(self, j: int) -> nn.Module:
         """Peer j as the plain network that `build_network` gives, its weights shared with this module."""
-        net = self.nets[j]
+        net = self.nets.get_submodule(str(j))
         if self.trunk is None:
             return net
         return Network(self.trunk, cast(Branch, net), cast(int, self.trunk_dim))

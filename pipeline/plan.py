@@ -13,15 +13,18 @@ others as they were, and "resume at step s" is "continue the plan at step s".
 | colour | brightness, contrast, saturation ~ U(1 - a, 1 + a), hue ~ U(-a, a) degrees | COLOUR, view |
 | angle | ~ U(-rotation, rotation) degrees about the centre of the view | ROTATION, view |
 | hole | a square around a uniform pixel, clipped (DeVries and Taylor 2017, arXiv:1708.04552) | CUTOUT, view |
-| partner | uniform permutation within each batch | PARTNER |
+| partner | uniform permutation within each batch, or within each of `groups` parts of it | PARTNER |
 | lam | l ~ Beta(alpha, alpha) with probability `probability`, else 1; then the box rule, if boxes are cut | LAMBDA |
 | box | see boxes.py; one for all peers under `cutmix`, one a peer under `cutnmix` | PLACE, peer |
 | second | of each image a second view, or a view of a uniformly drawn image of its class (itself included) | SECOND |
 
 The distortions of the second views have streams of their own, so that those of the first stay as they were.
+
+A plan is drawn for the whole batch and all peers. Where several processes share a step, `Plan.shard` gives each its
+images and its peers' views: the same draws, wherever they are executed.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -112,6 +115,9 @@ class Mix(_Law):
     probability: Annotated[float, Field(ge=0, le=1)] = 1.0
     box_rule: BoxRule | None = None  # cutmix, cutnmix
     length: Annotated[int, Field(ge=1)] | None = None  # cutout, in pixels; None: 8 for CIFAR-100, 16 elsewhere
+    # Partners are drawn within each of so many parts of a batch, so that no pixel leaves its part. None: 1, and in a
+    # run over several devices as many as the data axis has.
+    groups: Annotated[int, Field(ge=1)] | None = None
 
     @property
     def has_boxes(self) -> bool:
@@ -163,6 +169,7 @@ class Plan:
     lam_SL: Tensor | None
     box_SM4: Tensor | None
     epoch_S: Tensor  # float64
+    weight_S: tuple[float, ...] | None = None  # of a shard's loss in the mean over all shards; None: 1
 
     def __len__(self) -> int:
         """S, the number of steps of the epoch."""
@@ -196,6 +203,56 @@ class Plan:
             epoch=self.epoch_S[s],
         )
 
+    def weight(self, s: int) -> float:
+        """What the mean loss of step s weighs among those of all shards: 1, but where a short batch is cut unevenly."""
+        return 1.0 if self.weight_S is None else self.weight_S[s]
+
+    def shard(self, index: int, count: int, peers: range | None = None) -> "Plan":
+        """What one of `count` processes executes: its contiguous part of every batch, its peers' views and boxes.
+
+        Second views are cut as the first are. The parts of a batch whose size `count` does not divide, a short last
+        one, differ by one image; then weight(s) = count part / size, so that the mean over the shards of their weighted
+        means is the mean over the batch. Views, boxes and lambdas that all peers share stay with all.
+
+        Args: on the host; `count` must divide the batch size; `peers`: the own ones, None for all.
+        Raises: ValueError if a batch has fewer images than there are shards, or a partner lies in another part.
+        """
+        halves, kept, partners, weights = 1 + self.second, [], [], []
+        for s in range(len(self)):
+            start = s * self.batch_size
+            size = min(self.batch_size, len(self.index_N) - start) // halves
+            part = part_of(size, index, count)
+            if not part:
+                raise ValueError(f"a batch of {size} images cannot be cut into {count} parts")
+            place = torch.arange(start + part.start, start + part.stop)
+            kept += [place + half * size for half in range(halves)]
+            if self.partner_N is not None:
+                first = start // halves
+                partners.append(self.partner_N[first + part.start : first + part.stop] - part.start)
+                if partners[-1].min() < 0 or partners[-1].max() >= len(part):
+                    raise ValueError(f"partners lie in other parts of the batch: groups must be a multiple of {count}")
+            weights.append(count * len(part) / size)
+        kept_N = torch.cat(kept) if kept else torch.zeros(0, dtype=torch.int64)
+
+        def per_view(field: Tensor | None) -> Tensor | None:
+            return None if field is None else _of_peers(field, 0, peers)[:, kept_N]
+
+        return replace(
+            self,
+            batch_size=self.batch_size // count,
+            index_N=self.index_N[kept_N],
+            crop_VN2=_of_peers(self.crop_VN2, 0, peers)[:, kept_N],
+            flip_VN=_of_peers(self.flip_VN, 0, peers)[:, kept_N],
+            region_VN4=per_view(self.region_VN4),
+            colour_VN4=per_view(self.colour_VN4),
+            angle_VN=per_view(self.angle_VN),
+            hole_VN4=per_view(self.hole_VN4),
+            partner_N=torch.cat(partners) if partners else self.partner_N,
+            lam_SL=None if self.lam_SL is None else _of_peers(self.lam_SL, 1, peers),
+            box_SM4=None if self.box_SM4 is None else _of_peers(self.box_SM4, 1, peers),
+            weight_S=tuple(weights),
+        )
+
     def positions(self, start: int, stop: int) -> Draws:
         """The draws of a range of positions, whichever steps they belong to: what a loader needs, without the mix."""
 
@@ -216,6 +273,18 @@ class Plan:
             epoch=self.epoch_S[0],
             second=self.second,
         )
+
+
+def part_of(size: int, index: int, count: int) -> range:
+    """Part `index` of `count` contiguous parts of range(size), whose sizes differ by at most one."""
+    return range(size * index // count, size * (index + 1) // count)
+
+
+def _of_peers(field: Tensor, axis: int, peers: range | None) -> Tensor:
+    """The peers' part of a field that has an entry each; one that all share stays."""
+    if peers is None or field.shape[axis] == 1:
+        return field
+    return field.narrow(axis, peers.start, len(peers))
 
 
 def generator(seed: int, epoch: int, stream: Stream, view: int = 0) -> np.random.Generator:
@@ -300,9 +369,13 @@ def make_plan(
 
     partner_N = lam_SL = box_SM4 = None
     if mix.has_partner:
-        # Sorting by (step, uniform) is a uniform permutation within every batch at once, the smaller last included.
+        # Sorting by (step, group, uniform) is a uniform permutation within every group of every batch at once, those of
+        # the smaller last batch included. The groups are those of part_of.
         key_N = generator(seed, epoch, Stream.PARTNER).random(count)
-        partner_N = torch.from_numpy(np.lexsort((key_N, step_N)) - step_N * batch_size)
+        groups, place_N = mix.groups or 1, np.arange(count) - step_N * batch_size
+        size_N = np.minimum(batch_size, count - step_N * batch_size)
+        group_N = ((place_N + 1) * groups - 1) // size_N
+        partner_N = torch.from_numpy(np.lexsort((key_N, group_N, step_N)) - step_N * batch_size)
         box_SM4, lam_SL = _boxes(seed, epoch, steps, mix, num_peers if mix.name == "cutnmix" else 1, width, height)
     return Plan(
         batch_size=batch_size * (2 if second else 1),

@@ -114,10 +114,11 @@ eval_every: 2
 FILES_ONLY = "distort: {image_size: 64, crop_scale: [0.5, 0.75], crop_ratio: [0.5, 2.0], region: centre}\ndata: folder"
 SHARDS_ONLY = "data: {name: webdataset, train: 'a-{0..3}.tar', val: 'b-*.tar', corrupt: skip}"
 CUTOUT_ONLY = "mix: {name: cutout, length: 5}"
+NETS_ONLY = "mesh: {data: 2, peer: 2, sync_batch_norm: true, timeout_s: 30.0}\nmix: {name: cutnmix, groups: 4}"
 SHORT = ["mix: cutout", "mix: mixup", "peers: {network: [resnet20, resnet32, resnet20]}"]  # completed as they are read
 
 
-@pytest.mark.parametrize("text", [OTHER, FILES_ONLY, SHARDS_ONLY, CUTOUT_ONLY, *SHORT])
+@pytest.mark.parametrize("text", [OTHER, FILES_ONLY, SHARDS_ONLY, CUTOUT_ONLY, NETS_ONLY, *SHORT])
 def test_every_key_round_trips_through_yaml(text, tmp_path):
     config = load_config(write(tmp_path, text))
     assert parse_config(yaml.safe_load(yaml.safe_dump(dump_config(config)))) == config
@@ -127,6 +128,8 @@ def test_the_round_trips_left_out_no_key(tmp_path):
     defaults = flat(dump_config(load_config("paper", ["data.root=null"])))
     others = flat(yaml.safe_load(OTHER)) | flat(yaml.safe_load(FILES_ONLY)["distort"], "distort.")
     others |= {key: value for key, value in flat(yaml.safe_load(SHARDS_ONLY)).items() if key not in others}
+    nets = yaml.safe_load(NETS_ONLY)
+    others |= flat(nets["mesh"], "mesh.") | {"mix.groups": nets["mix"]["groups"]}
     others["mix.length"] = yaml.safe_load(CUTOUT_ONLY)["mix"]["length"]
     assert others.keys() == defaults.keys()
     same = {key for key, value in others.items() if defaults[key] == value}

@@ -1,21 +1,23 @@
 """From a Config to the parts of a run: data, loaders, peers, method, optimizer, step. Bad ones are refused here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from cutnmix.models.cost import branches_cost, check_image_size
+from cutnmix.models.cost import blueprint, branches_cost, check_image_size
 from cutnmix.models.peers import Peers, seeded
 from cutnmix.pipeline.datasets import Dataset, Splits, load_splits
 from cutnmix.pipeline.distort import view_size
 from cutnmix.pipeline.loader import Loader, default_threads, make_loader
 from cutnmix.pipeline.mix import MixBatch
-from cutnmix.pipeline.plan import Mix, Plan, make_plan
+from cutnmix.pipeline.plan import Mix, Plan, make_plan, part_of
 from cutnmix.trainer.config import Config, ConfigError
 from cutnmix.trainer.device import Setting, choose, compile_modules
+from cutnmix.trainer.mesh import ONE, Mesh
 from cutnmix.trainer.method import Task
 from cutnmix.trainer.methods import METHODS
+from cutnmix.trainer.norm import synchronise
 from cutnmix.trainer.step import Learner, Step
 
 METHOD_STREAM = 0x6D657468  # "meth": keeps a method's initial weights apart from the peers'
@@ -34,11 +36,17 @@ class Parts:
     learner: Learner
     step: Step
     test_step: Step
+    mesh: Mesh = ONE
+
+    @property
+    def own(self) -> range:
+        """The numbers of the peers that live here."""
+        return self.mesh.over.own(self.config.peers.count)
 
     def plan(self, epoch: int) -> Plan:
-        """The training plan of an epoch, on the device."""
+        """The training plan of an epoch, on the device: what this process executes of it."""
         config, train = self.config, self.splits.train
-        return make_plan(
+        plan = make_plan(
             seed=config.seed,
             epoch=epoch,
             num_images=len(train),
@@ -52,24 +60,29 @@ class Parts:
             label_N=train.labels,
             files=not train.in_memory,
             drop_last=config.drop_last,
-        ).to(self.setting.device)
+        )
+        if self.mesh.size > 1:
+            plan = plan.shard(self.mesh.data_index, self.mesh.data, self.own)
+        return plan.to(self.setting.device)
 
     def test_plan(self) -> Plan:
-        """The test images in order, one view for all peers, nothing random."""
+        """The test images in order, one view for all peers, nothing random: this process's part of them."""
         config, test = self.config, self.splits.test
-        return make_plan(
+        part = part_of(len(test), self.mesh.data_index, self.mesh.data)
+        plan = make_plan(
             seed=config.seed,
             epoch=0,
-            num_images=len(test),
+            num_images=len(part),
             size=view_size(test, config.distort),
-            batch_size=config.eval_batch_size,
+            batch_size=_share(config.eval_batch_size, self.mesh),
             distort=config.distort.evaluation(),
             mix=Mix(),
             num_views=1,
             num_peers=1,
             files=not test.in_memory,
             shuffle=False,
-        ).to(self.setting.device)
+        )
+        return replace(plan, index_N=plan.index_N + part.start).to(self.setting.device)
 
     def close(self) -> None:
         """Release the loaders' threads."""
@@ -77,8 +90,8 @@ class Parts:
         self.test_loader.close()
 
 
-def build(config: Config) -> Parts:
-    """Everything, on the device and checked; nothing is written.
+def build(config: Config, mesh: Mesh = ONE) -> Parts:
+    """Everything that this process has, on the device and checked; nothing is written.
 
     Raises:
         ConfigError, DataError: naming the key or the file.
@@ -103,11 +116,13 @@ def build(config: Config) -> Parts:
             f"batch_size: {config.batch_size} is more than the {len(splits.train)} training images, "
             f"and drop_last drops a batch that is not full"
         )
+    _check_parts(config, splits, setting, mesh)
     left_out = [_left_out(split) for split in splits if split.left_out]
     notes = [*setting.notes, *_checked_networks(config, splits.train), *left_out]
-    learner = _learner(config, splits.train, setting)
-    step = _step(config, splits.train, setting, graphed=config.images_per_step if setting.compile == "graph" else None)
-    test_step = _step(config, splits.test, setting)
+    learner = _learner(config, splits.train, setting, mesh)
+    graphed = config.images_per_step if setting.compile == "graph" else None
+    step = _step(config, splits.train, setting, mesh, graphed)
+    test_step = _step(config, splits.test, setting, mesh)
     compile_modules(setting.compile, *learner.peers.compile_units(), learner.method, step.mix, test_step.mix)
 
     def loader(split: Dataset, distort, num_views: int, batch_size: int) -> Loader:
@@ -127,15 +142,45 @@ def build(config: Config) -> Parts:
         setting=setting,
         notes=notes,
         splits=splits,
-        loader=loader(splits.train, config.distort, config.num_views, config.images_per_step),
-        test_loader=loader(splits.test, config.distort.evaluation(), 1, config.eval_batch_size),
+        loader=loader(
+            splits.train,
+            config.distort,
+            1 if config.num_views == 1 else len(mesh.over.own(config.num_views)),
+            config.images_per_step // mesh.data,
+        ),
+        test_loader=loader(splits.test, config.distort.evaluation(), 1, _share(config.eval_batch_size, mesh)),
         learner=learner,
         step=step,
         test_step=test_step,
+        mesh=mesh,
     )
 
 
-def _step(config: Config, split: Dataset, setting: Setting, graphed: int | None = None) -> Step:
+def _share(batch_size: int, mesh: Mesh) -> int:
+    """The part of an evaluation batch that a process sees."""
+    return max(1, batch_size // mesh.data)
+
+
+def _check_parts(config: Config, splits: Splits, setting: Setting, mesh: Mesh) -> None:
+    """Refuse parts without images, and what processes with different peers would have to agree on."""
+    left_over = len(splits.train) % config.batch_size
+    if not config.drop_last and 0 < left_over < mesh.data:
+        raise ConfigError(
+            f"mesh.data: the last batch of an epoch has {left_over} images, too few for {mesh.data} processes; "
+            f"drop_last=true leaves it out"
+        )
+    if len(splits.test) < mesh.data:
+        raise ConfigError(f"mesh.data: {len(splits.test)} test images are too few for {mesh.data} processes")
+    if mesh.size > 1 and setting.compile == "graph":
+        raise ConfigError("compile: graph captures one process's step; with a mesh write auto, none, peers or step")
+    if mesh.peer > 1 and setting.dtype == torch.float16:
+        raise ConfigError(
+            "precision: fp16 skips a step where a gradient overflows, and peers of several processes (mesh.peer) would "
+            "skip apart; use bf16 or fp32"
+        )
+
+
+def _step(config: Config, split: Dataset, setting: Setting, mesh: Mesh, graphed: int | None = None) -> Step:
     mix = MixBatch(
         mean=split.mean,
         std=split.std,
@@ -144,7 +189,8 @@ def _step(config: Config, split: Dataset, setting: Setting, graphed: int | None 
         dtype=setting.dtype,
         channels_last=config.channels_last,
     ).to(setting.device)
-    return Step(mix, setting.device.type, setting.dtype, compiled=setting.compile == "step", graphed=graphed)
+    compiled = setting.compile == "step"
+    return Step(mix, setting.device.type, setting.dtype, compiled=compiled, graphed=graphed, over=mesh.over)
 
 
 def _left_out(split: Dataset) -> str:
@@ -173,30 +219,40 @@ def _checked_networks(config: Config, train: Dataset) -> list[str]:
     ]
 
 
-def _learner(config: Config, train: Dataset, setting: Setting) -> Learner:
-    num_classes = len(train.classes)
+def _learner(config: Config, train: Dataset, setting: Setting, mesh: Mesh) -> Learner:
+    num_classes, networks, over = len(train.classes), config.peers.networks, mesh.over
+    own = over.own(len(networks))
     try:
-        peers = Peers(config.peers.networks, num_classes=num_classes, seed=config.seed, form=config.peers.form)
+        peers = Peers(networks, num_classes=num_classes, seed=config.seed, form=config.peers.form, own=own)
         task = Task(
-            J=len(peers),
+            J=len(networks),
             K=num_classes,
-            feature_dims=peers.feature_dims,
+            feature_dims=_feature_dims(networks, num_classes) if len(own) < len(networks) else peers.feature_dims,
             trunk_dim=peers.trunk_dim,
             num_images=len(train),
             epochs=config.epochs,
             peers=peers,
+            over=over,
         )
         keys: dict[str, Any] = {key: value for key, value in config.method.items() if key != "name"}
         with seeded(config.seed, METHOD_STREAM):
             method: Any = METHODS[config.method["name"]](task, **keys)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if config.mesh.sync_batch_norm and mesh.data > 1 and mesh.data_group is not None:
+        for module in (peers, method):
+            synchronise(module, mesh.data_group, setting.device)
     peers, method = peers.to(setting.device), method.to(setting.device)
     if config.channels_last:
         for module in (peers, method):  # a method may hold networks: a teacher, moving averages
             module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in torch's stub)
     optimizer = torch.optim.SGD(
-        [p for p in (*peers.parameters(), *method.parameters()) if p.requires_grad],
+        [
+            (f"{part}.{name}", p)  # named, so that another mesh finds them in a checkpoint
+            for part, module in (("peers", peers), ("method", method))
+            for name, p in module.named_parameters()
+            if p.requires_grad
+        ],
         lr=config.optimizer.lr,
         momentum=config.optimizer.momentum,
         nesterov=config.optimizer.nesterov,
@@ -205,3 +261,9 @@ def _learner(config: Config, train: Dataset, setting: Setting) -> Learner:
     )
     scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.dtype == torch.float16)
     return Learner(peers, method, optimizer, scaler)
+
+
+def _feature_dims(networks: list[str], num_classes: int) -> tuple[int, ...]:
+    """(D_0, ..., D_{J-1}), also of peers that live elsewhere."""
+    dims: dict[str, Any] = {name: blueprint(name, num_classes).feature_dim for name in dict.fromkeys(networks)}
+    return tuple(dims[name] for name in networks)

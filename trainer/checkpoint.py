@@ -1,16 +1,33 @@
-"""Checkpoints: written atomically, loadable with weights_only=True, exact.
+"""Checkpoints: written atomically, exact, independent of the mesh that wrote them.
 
 The plan makes data a function of (seed, epoch, step), so the position and the learner are the whole state; torch's
 generators are kept for methods and networks that draw (dropout).
+
+One process writes one file, which loads with weights_only=True. Several write a folder by torch.distributed.checkpoint,
+each tensor once, under names that say of which peer it is (peers.nets.3.conv.weight), so that any mesh finds its own;
+facts.json holds the rest. PATH is then a link to one of two such folders: the new one is written beside the old one,
+and the link, renamed, points to the old or the new, never to half of one. Of what processes hold apart (generators,
+running losses; batch norms that are not synchronised keep the statistics of the first process with that peer) each
+takes back its own on the same mesh.
 """
 
+import json
 import os
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
 
+from cutnmix.models.peers import Peers
+from cutnmix.trainer.mesh import ONE, Mesh
 from cutnmix.trainer.step import Learner, Tally
+
+_FACTS = "facts.json"
 
 
 class Position(NamedTuple):
@@ -20,8 +37,11 @@ class Position(NamedTuple):
     step: int
 
 
-def save(path: Path, learner: Learner, position: Position, tally: Tally, best_top1: float) -> None:
+def save(path: Path, learner: Learner, position: Position, tally: Tally, best_top1: float, mesh: Mesh = ONE) -> None:
     """Write the state beside `path`, flush it to the disk, rename: a reader sees the old or the new, never half."""
+    if mesh.size > 1:
+        _save_folder(path, learner, position, tally, best_top1, mesh)
+        return
     state = {
         "learner": learner.state_dict(),
         "position": tuple(position),
@@ -36,17 +56,150 @@ def save(path: Path, learner: Learner, position: Position, tally: Tally, best_to
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+    _clear(path)
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:
-    """The state dict of a checkpoint, tensors on `device`. Never unpickles code."""
+    """What `restore` takes; of a file its state dict, tensors on `device`. A file's code is never unpickled."""
+    if path.is_dir():
+        return {"folder": path, **json.loads((path / _FACTS).read_text())}
     return torch.load(path, map_location=device, weights_only=True)
 
 
-def restore(state: dict[str, Any], learner: Learner) -> tuple[Position, Tally, float]:
+def load_peers(path: Path, peers: Peers) -> None:
+    """The weights of a checkpoint's peers, of those that live here."""
+    if path.is_dir():
+        _read(path, {f"peers.{name}": tensor for name, tensor in peers.state_dict().items()})
+    else:
+        peers.load_state_dict(load(path, torch.device("cpu"))["learner"]["peers"])
+
+
+def restore(state: dict[str, Any], learner: Learner, mesh: Mesh = ONE) -> tuple[Position, Tally, float]:
     """Put a loaded state into the learner and torch's generators; returns where training goes on."""
-    learner.load_state_dict(state["learner"])
-    torch.set_rng_state(state["rng_cpu"].cpu())
-    if torch.cuda.is_available() and state["rng_cuda"]:
-        torch.cuda.set_rng_state_all([rng.cpu() for rng in state["rng_cuda"]])
-    return Position(*state["position"]), Tally(**state["tally"]), state["best_top1"]
+    position, best_top1 = Position(*state["position"]), state["best_top1"]
+    if "folder" not in state and mesh.size == 1:
+        learner.load_state_dict(state["learner"])
+        torch.set_rng_state(state["rng_cpu"].cpu())
+        if torch.cuda.is_available() and state["rng_cuda"]:
+            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["rng_cuda"]])
+        return position, Tally(**state["tally"]), best_top1
+    targets = _own_tensors(learner)
+    if "folder" not in state:
+        found = _named(state["learner"], _of_peers(learner), None)
+        for name, target in targets.items():
+            target.copy_(found[name])
+        learner.scaler.load_state_dict(state["learner"]["scaler"])
+        tally = Tally(**state["tally"])
+    else:
+        tally = Tally(state["tally"]["names"], None, state["tally"]["steps"])
+        same, generators = state["mesh"] == [mesh.data, mesh.peer], _generators(mesh.rank)
+        if tally.steps:
+            tally.sums = targets["tally"] = torch.zeros(len(tally.names), device=_device(learner))
+            if same:
+                targets[f"rank{mesh.rank}.tally"] = targets.pop("tally")
+        targets |= generators if same else {}
+        _read(state["folder"], targets)
+        learner.scaler.load_state_dict(state["scaler"])
+        if same:
+            _set_generators(generators, mesh.rank)
+            return position, tally, best_top1
+    if tally.sums is not None:
+        tally.sums[:-1] /= mesh.peer  # losses: `over_all` adds them up over the peers' processes; the last is a mean
+    return position, tally, best_top1
+
+
+def _save_folder(path: Path, learner: Learner, position: Position, tally: Tally, best_top1: float, mesh: Mesh) -> None:
+    slots = [path.with_suffix(f".{i}") for i in range(2)]
+    slot = slots[path.is_symlink() and os.readlink(path) == slots[0].name]
+    if mesh.first:
+        shutil.rmtree(slot, ignore_errors=True)
+        slot.mkdir()
+    slot = path.with_name(mesh.same(slot.name))
+    tensors, sums = _own_tensors(learner) | _generators(mesh.rank), tally.over_all(mesh)
+    if sums is not None and tally.sums is not None:
+        tensors |= {"tally": sums, f"rank{mesh.rank}.tally": tally.sums}
+    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)  # whose batch norms are kept does not change
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(slot), planner=planner)
+    if mesh.first:
+        facts = {
+            "position": position,
+            "best_top1": best_top1,
+            "mesh": [mesh.data, mesh.peer],
+            "tally": {"names": tally.names, "steps": tally.steps},
+            "scaler": learner.scaler.state_dict(),
+        }
+        with (slot / _FACTS).open("w") as file:
+            json.dump(facts, file)
+            file.flush()
+            os.fsync(file.fileno())
+        link = path.with_suffix(".partial")
+        link.unlink(missing_ok=True)
+        link.symlink_to(slot.name)
+        os.replace(link, path)
+        _clear(path)
+    mesh.wait()
+
+
+def _clear(path: Path) -> None:
+    """Remove the folders that `path` does not point to."""
+    for i in range(2):
+        slot = path.with_suffix(f".{i}")
+        if slot.is_dir() and not (path.is_symlink() and os.readlink(path) == slot.name):
+            shutil.rmtree(slot)
+
+
+def _read(folder: Path, targets: dict[str, Tensor]) -> None:
+    """Fill the targets in place, each from what has its name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each process reads for itself, on purpose
+        dcp.load({**targets}, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+
+
+def _own_tensors(learner: Learner) -> dict[str, Tensor]:
+    """All tensors of a learner by the names of a checkpoint; those of the optimizer are made if it has not stepped."""
+    for group in learner.optimizer.param_groups:
+        for p in group["params"] if group["momentum"] else ():
+            learner.optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+    own = [int(number) for number, _ in learner.peers.nets.named_children()]
+    return _named(learner.state_dict(), _of_peers(learner), own)
+
+
+def _of_peers(learner: Learner) -> Mapping[str, tuple[int, Sequence[int]]]:
+    return getattr(learner.method, "of_peers", {})
+
+
+def _named(
+    state: dict[str, Any], of_peers: Mapping[str, tuple[int, Sequence[int]]], own: list[int] | None
+) -> dict[str, Tensor]:
+    """The tensors of Learner.state_dict by name, the same on any mesh. `own`: the peers that it is of, None for all."""
+    named = {f"{part}.{name}": tensor for part in ("peers", "method") for name, tensor in state[part].items()}
+    memory = state["optimizer"]["state"]
+    for group in state["optimizer"]["param_groups"]:
+        for number, name in zip(group["params"], group["param_names"], strict=True):
+            entries = memory.get(number, {}).items()
+            named |= {f"optimizer.{name}.{key}": entry for key, entry in entries if isinstance(entry, Tensor)}
+    for part, (axis, sizes) in of_peers.items():
+        own = [*range(len(sizes))] if own is None else own
+        for name in (f"method.{part}", f"optimizer.method.{part}.momentum_buffer"):
+            if name in named:
+                pieces = named.pop(name).split([sizes[j] for j in own], axis)
+                named |= {f"{name}.peer{j}": piece for j, piece in zip(own, pieces, strict=True)}
+    return named
+
+
+def _generators(rank: int) -> dict[str, Tensor]:
+    """The state of torch's generators, which each process has for itself."""
+    states = {f"rank{rank}.rng_cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"rank{rank}.rng_cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_generators(states: dict[str, Tensor], rank: int) -> None:
+    torch.set_rng_state(states[f"rank{rank}.rng_cpu"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[f"rank{rank}.rng_cuda"])
+
+
+def _device(learner: Learner) -> torch.device:
+    return next(learner.peers.parameters()).device

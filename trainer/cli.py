@@ -1,5 +1,6 @@
 """The command line: cutnmix train | evaluate | report | export | models | methods | bench | reproduce."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from cutnmix.trainer.config import ConfigError, load_config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.figures import draw_curves
 from cutnmix.trainer.folder import RunError, RunFolder, Stopped
+from cutnmix.trainer.mesh import LostError, leave_it_to_the_first
 
 EXIT_USAGE = 2
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped by SIGTERM with its state saved; a scheduler may start the same command again
@@ -157,11 +159,15 @@ def main() -> None:
     """Run the command line; what the user can mend is one line on standard error, without a traceback."""
     try:
         app()
-    except (ConfigError, DataError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ConfigError, DataError, RunError, LostError) as error:
+        rank = int(os.environ.get("RANK", 0))
+        if rank and isinstance(error, ConfigError):  # all processes of torchrun read the same keys
+            leave_it_to_the_first()
+        print(f"rank {rank}: error: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USAGE)
     except Stopped as error:
-        print(error, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
         sys.exit(EXIT_REQUEUE if error.signum == signal.SIGTERM else EXIT_INTERRUPTED)
 
 

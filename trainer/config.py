@@ -77,6 +77,15 @@ class PeersGroup(_Group):
         return self.network if isinstance(self.network, list) else [self.network] * self.count
 
 
+class MeshGroup(_Group):
+    """Over how many processes of torchrun, data * peer in all; 1 x 1 is one process, without torchrun."""
+
+    data: Annotated[int, Field(ge=1)] = 1  # parts of a batch
+    peer: Annotated[int, Field(ge=1)] = 1  # parts of the peers
+    sync_batch_norm: bool = False  # statistics over the whole batch; False: over the images of a process
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0  # how long a process waits for another before the run ends
+
+
 class Optimizer(_Group):
     """SGD. `accumulate` batches, of equal weight, make one update."""
 
@@ -112,9 +121,9 @@ class Checkpoint(_Group):
 
 _KEYS_OF_MIX = {
     "none": set(),
-    "cutmix": {"alpha", "probability", "box_rule"},
-    "cutnmix": {"alpha", "probability", "box_rule"},
-    "mixup": {"alpha", "probability"},
+    "cutmix": {"alpha", "probability", "box_rule", "groups"},
+    "cutnmix": {"alpha", "probability", "box_rule", "groups"},
+    "mixup": {"alpha", "probability", "groups"},
     "cutout": {"length"},
 }
 
@@ -136,6 +145,7 @@ class Config(_Group):
     distort: Distort = Distort()
     loader: Loader = Loader()
     peers: PeersGroup = PeersGroup()
+    mesh: MeshGroup = MeshGroup()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     checkpoint: Checkpoint = Checkpoint()
@@ -152,6 +162,11 @@ class Config(_Group):
     def num_views(self) -> int:
         """V."""
         return self.peers.count if self.views == "per_peer" else 1
+
+    @property
+    def num_processes(self) -> int:
+        """How many share the run."""
+        return self.mesh.data * self.mesh.peer
 
     @property
     def needs(self) -> Needs:
@@ -242,11 +257,14 @@ def _validated(tree: Any, origin: Callable[[str], str]) -> Config:
         raise ConfigError("\n".join(_explain(item, origin) for item in error.errors())) from None
     config = config.model_copy(update={"method": _checked_method(config.method, origin), "mix": _complete(config)})
     _check_needs(config, origin)
+    _check_mesh(config, origin)
     return config
 
 
 def _complete(config: Config) -> Mix:
-    """The mix with what its paper chose by data set."""
+    """The mix with what its paper chose by data set, and with as many groups as the batch has parts."""
+    if config.mix.has_partner and config.mix.groups is None and config.mesh.data > 1:
+        return config.mix.model_copy(update={"groups": config.mesh.data})
     if config.mix.name == "cutout" and config.mix.length is None:
         return config.mix.model_copy(update={"length": 8 if config.data.name == "cifar100" else 16})
     return config.mix
@@ -266,6 +284,32 @@ def _check_needs(config: Config, origin: Callable[[str], str]) -> None:
         raise ConfigError(
             f"mix ({origin('mix')}), method ({origin('method')}): "
             f"{config.mix.name} has no meaning with {name}: {reason}"
+        )
+
+
+def _check_mesh(config: Config, origin: Callable[[str], str]) -> None:
+    """Refuse what cannot be cut into equal parts, or not at all."""
+    mesh, name, count, groups = config.mesh, config.method["name"], config.peers.count, config.mix.groups or 1
+    for axis in ("data", "peer"):
+        if getattr(mesh, axis) > 1 and (reason := config.needs.whole.get(axis)):
+            raise ConfigError(f"mesh.{axis} ({origin(f'mesh.{axis}')}): {name} cannot be split along it: {reason}")
+    if count % mesh.peer:
+        raise ConfigError(f"mesh.peer ({origin('mesh.peer')}): {count} peers cannot be cut into {mesh.peer} parts")
+    if mesh.peer > 1 and config.peers.form == "branches":
+        raise ConfigError(f"mesh.peer ({origin('mesh.peer')}): branches share one trunk; use peers.form=nets")
+    if mesh.peer > 1 and config.mix.name == "cutnmix" and config.mix.rule == "clip_corrected":
+        raise ConfigError(
+            f"mix.box_rule ({origin('mix.box_rule')}): clip_corrected gives every peer a target of its own, and the "
+            f"peers of several processes (mesh.peer) know only their own"
+        )
+    parts = (("mesh.data", mesh.data), ("mix.groups", groups))
+    for key, number in parts:
+        if config.batch_size % number:
+            raise ConfigError(f"{key} ({origin(key)}): batch_size {config.batch_size} is no multiple of {number}")
+    if config.mix.has_partner and groups % mesh.data:
+        raise ConfigError(
+            f"mix.groups ({origin('mix.groups')}): {groups} is no multiple of mesh.data, {mesh.data}: "
+            f"images would be mixed with those of another process"
         )
 
 

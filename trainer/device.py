@@ -33,7 +33,7 @@ def choose(config: Config) -> Setting:
     Raises:
         ConfigError: for a device that is not there, or a CUDA graph on another one than CUDA.
     """
-    device = _device(config.device)
+    device = find_device(config.device)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     dtype = dtypes.get(config.precision) or _fast_dtype(device)
     grain, notes = config.compile, []
@@ -61,15 +61,27 @@ def compile_modules(grain: str, *modules: nn.Module) -> None:
             module.compile(dynamic=False)
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of this process: of the processes that torchrun starts on a machine, each takes a GPU of its own.
+
+    Raises:
+        ConfigError: for a device that is not there.
+    """
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and started > 1:
+        if started > (found := torch.cuda.device_count()):
+            raise ConfigError(f"device: {started} processes need a GPU each; torch sees {found} CUDA devices here")
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"device: {name!r} is no device; write auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device: {name!r} is not supported; write auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and started > 1:
+        raise ConfigError(f"device: {name} is one GPU for {started} processes; write auto or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device: {name} is not here; torch sees {torch.cuda.device_count()} CUDA devices")
     return device

@@ -33,7 +33,7 @@ from cutnmix.pipeline.datasets import Dataset, load_splits
 from cutnmix.pipeline.distort import view_size
 from cutnmix.pipeline.plan import Distort
 from cutnmix.trainer.build import Parts
-from cutnmix.trainer.checkpoint import load
+from cutnmix.trainer.checkpoint import load_peers
 from cutnmix.trainer.config import Config, ConfigError
 from cutnmix.trainer.folder import RunError, RunFolder, write_atomically
 
@@ -83,10 +83,13 @@ class Program(nn.Module):
 
 
 def export_peers(parts: Parts, folder: Path) -> None:
-    """peerJ.safetensors: the state dict of each peer's plain network, and what it needs to be used, as metadata."""
+    """peerJ.safetensors: the state dict of each own peer's plain network, and what it needs to be used, as metadata."""
     facts = _facts_of(parts.splits.train, parts.config.distort)
-    for j, network in enumerate(parts.config.peers.networks):
-        content = _safetensors(parts.learner.peers.network(j), facts, _metadata(facts, network, str(j)))
+    if parts.mesh.data_index:
+        return  # others have the same peers
+    for j in parts.own:
+        metadata = _metadata(facts, parts.config.peers.networks[j], str(j))
+        content = _safetensors(parts.learner.peers.network(j), facts, metadata)
         _write(folder / f"peer{j}.safetensors", content)
 
 
@@ -125,7 +128,7 @@ def export(run: Path, format: str, peer: str, out: Path | None = None, checkpoin
         peers = Peers(networks, num_classes=len(facts.classes), seed=config.seed, form=form)
     except ValueError as error:  # a network of a library that is not here
         raise ConfigError(str(error)) from error
-    peers.load_state_dict(load(path, torch.device("cpu"))["learner"]["peers"])
+    load_peers(path, peers)
     if j is None:
         network, metadata = Ensemble(peers), _metadata(facts, json.dumps(networks), "mean") | {"form": form}
         name, what = "mean", f"the mean of {len(peers)} peers ({', '.join(networks)})"

@@ -5,6 +5,7 @@ metrics.jsonl             a record a line: {"kind": "train" | "test", "epoch", "
 tensorboard/              the same, for TensorBoard
 batch.png, curves.png     one batch as the peers see it; losses, accuracies, learning rate
 checkpoints/last.pt       the state to resume from
+                          (several processes write it as a folder, and this is a link to that)
 checkpoints/best.pt       the best TEST accuracy (mean of the peers), chosen on the test images and named for it
 peers/peer0.safetensors   the final weights, one file a peer
 result.json               the last epoch's scores, hardware, versions
@@ -25,8 +26,9 @@ from filelock import FileLock, Timeout
 from cutnmix.trainer.checkpoint import Position
 from cutnmix.trainer.config import Config, ConfigError, dump_config, parse_config
 
-# Keys that may differ when a run is resumed: they change neither the data nor the arithmetic.
-_FREE_ON_RESUME = ("name", "runs", "resume", "loader", "checkpoint", "log_every", "data.root", "data.download")
+# Keys that may differ when a run is resumed: they change neither the data nor the arithmetic (the mesh: but rounding,
+# and the statistics of batch norms that are not synchronised).
+_FREE_ON_RESUME = ("name", "runs", "resume", "loader", "checkpoint", "log_every", "data.root", "data.download", "mesh")
 
 
 class RunError(Exception):

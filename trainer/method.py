@@ -1,7 +1,7 @@
 """The contract between a method and the rest: what it may ask for, what it is built for, what it answers."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import inf
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
+from cutnmix.trainer.exchange import ALONE, Exchange
 
 
 class Needs(NamedTuple):
@@ -19,6 +20,7 @@ class Needs(NamedTuple):
     form: Literal["branches"] | None = None  # the only peers.form that it is defined for
     second: Literal["image", "class"] | None = None  # a second view of each image, or of another one of its class
     refuses: Mapping[str, str] = {}  # mix.name -> why the two have no meaning together
+    whole: Mapping[str, str] = {}  # axis of the mesh, data or peer -> why it cannot be split along that
 
 
 class Task(NamedTuple):
@@ -31,6 +33,12 @@ class Task(NamedTuple):
     num_images: int  # N of the training set
     epochs: int
     peers: Peers | None  # with their initial weights; only for a method that copies them
+    over: Exchange = ALONE  # with the processes that hold the other peers, or see the other images of a batch
+
+    @property
+    def own(self) -> range:
+        """The numbers of the peers whose outputs come in: of all, but where they live in several processes."""
+        return self.over.own(self.J)
 
 
 def keys_of(method: type) -> dict[str, tuple[Any, Any]]:
@@ -59,9 +67,15 @@ class Method(Protocol):
     Built as `METHODS[name](task, **keys)`: keyword-only arguments are the YAML keys under `method`, each with a type
     and a default, its paper's. A value that makes no sense is a ValueError that names its key. Parameters are trained
     unless they ask for no gradient; buffers are what it remembers, and are in every checkpoint.
+
+    A run may split peers and batches over processes, see exchange.py. Then outputs, targets and batch are those of the
+    own peers and images, each loss is the sum over the own peers of a mean over the own images, and what needs others
+    asks `task.over`; a method that cannot do with that says so in `needs.whole`. Modules of one peer are named by the
+    peer's number (models.peers.by_number); a parameter that holds several peers' parts is named in `of_peers`.
     """
 
     needs: Needs
+    of_peers: Mapping[str, tuple[int, Sequence[int]]]  # name -> axis, sizes along it of the parts of all J; or absent
 
     def __init__(self, task: Task) -> None: ...
 

@@ -6,6 +6,9 @@
 
 `mean` is the mean of the peers' scores, the headline; `best_peer` the peer with the best top1 on these very images, an
 optimistic choice, so named; `ensemble` predicts by the mean of the peers' probabilities.
+
+Over several processes each scores its own peers on its own part of the test images; torchmetrics adds up over the
+images, and every process gets all scores.
 """
 
 import math
@@ -18,6 +21,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from cutnmix.pipeline.batch import Views
 from cutnmix.pipeline.plan import Plan
+from cutnmix.trainer.exchange import Exchange
+from cutnmix.trainer.mesh import ONE, Mesh
 from cutnmix.trainer.step import Learner, Step
 
 Scores = dict[str, dict[str, float]]
@@ -25,7 +30,14 @@ Scores = dict[str, dict[str, float]]
 
 @torch.no_grad()
 def evaluate(
-    learner: Learner, step: Step, batches: Iterable[Views], plan: Plan, *, num_classes: int, poll: Callable[[], None]
+    learner: Learner,
+    step: Step,
+    batches: Iterable[Views],
+    plan: Plan,
+    *,
+    num_classes: int,
+    poll: Callable[[], None],
+    mesh: Mesh = ONE,
 ) -> Scores:
     """Scores by name: peer0, peer1, ..., mean, best_peer, ensemble and the method's own predictions, such as teacher.
 
@@ -33,27 +45,32 @@ def evaluate(
 
     In eval mode, which the learner leaves again. One host synchronisation, at the end. `poll` is called after each
     batch, so that a signal need not wait for the last one.
+
+    Local batch norms of several processes have statistics of their own: all score with those of the first.
     """
+    mesh.share_buffers(learner.peers, learner.method)
     learner.peers.eval()
     learner.method.eval()
     metrics: dict[str, MetricCollection] = {}
     for s, views in enumerate(batches):
         batch, outputs = step.predict(learner, views, plan.step(s))
         log_prob_JBK = outputs.logits_JBK.float().log_softmax(-1)
-        log_probs = {f"peer{j}": log_prob_BK for j, log_prob_BK in enumerate(log_prob_JBK)}
-        log_probs["ensemble"] = log_prob_JBK.logsumexp(0) - math.log(len(log_prob_JBK))
+        own = mesh.over.own(mesh.over.peers(len(log_prob_JBK)))
+        log_probs = {f"peer{j}": log_prob_BK for j, log_prob_BK in zip(own, log_prob_JBK, strict=True)}
+        log_probs["ensemble"] = _ensemble(log_prob_JBK, mesh.over)
         with step.autocast():
             others = learner.method.predictions(outputs, batch)
         log_probs |= {name: logits_BK.float().log_softmax(-1) for name, logits_BK in others.items()}
         for name, log_prob_BK in log_probs.items():
             if name not in metrics:
-                metrics[name] = _metrics(num_classes, log_prob_BK.device)
+                metrics[name] = _metrics(num_classes, log_prob_BK.device, mesh)
             _update(metrics[name], log_prob_BK, batch.label_B)
         poll()
     learner.peers.train()
     learner.method.train()
-    scores = {name: _read(metric) for name, metric in metrics.items()}
-    peers = [score for name, score in scores.items() if name.startswith("peer") and name[4:].isdigit()]
+    parts = mesh.of_all_peers({name: _read(metric) for name, metric in metrics.items()})
+    scores = {name: score for part in parts for name, score in part.items() if _is_peer(name)} | parts[0]
+    peers = [score for name, score in scores.items() if _is_peer(name)]
     return {
         **scores,
         "mean": {key: sum(peer[key] for peer in peers) / len(peers) for key in peers[0]},
@@ -61,16 +78,32 @@ def evaluate(
     }
 
 
-def _metrics(num_classes: int, device: torch.device) -> MetricCollection:
+def _is_peer(name: str) -> bool:
+    return name.startswith("peer") and name[4:].isdigit()
+
+
+def _ensemble(log_prob_JBK: Tensor, over: Exchange) -> Tensor:
+    """The ensemble's log mean_j p_j (B, K). Over processes the sum is in float64, which holds p down to 1e-308."""
+    num_peers = over.peers(len(log_prob_JBK))
+    if over.peer is None:
+        return log_prob_JBK.logsumexp(0) - math.log(num_peers)
+    (prob_BK,) = over.total(log_prob_JBK.double().exp().sum(0))
+    return (prob_BK / num_peers).log().to(log_prob_JBK.dtype)
+
+
+def _metrics(num_classes: int, device: torch.device, mesh: Mesh) -> MetricCollection:
+    top5, group = min(5, num_classes), mesh.data_group
     with device:  # built there: moving them would make the host wait
         return MetricCollection(
             {
-                "top1": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
+                "top1": MulticlassAccuracy(num_classes, average="micro", validate_args=False, process_group=group),
                 "top5": MulticlassAccuracy(
-                    num_classes, top_k=min(5, num_classes), average="micro", validate_args=False
+                    num_classes, top_k=top5, average="micro", validate_args=False, process_group=group
                 ),
-                "nll": MeanMetric(nan_strategy="disable"),
-                "ece": MulticlassCalibrationError(num_classes, n_bins=15, norm="l1", validate_args=False),
+                "nll": MeanMetric(nan_strategy="disable", process_group=group),
+                "ece": MulticlassCalibrationError(
+                    num_classes, n_bins=15, norm="l1", validate_args=False, process_group=group
+                ),
             }
         )
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from cutnmix.models.peers import by_number
 from cutnmix.trainer.losses import at_least_float32
 
 
@@ -13,11 +14,12 @@ class Projection(nn.Module):
 
     The maps are trained with the peers and belong to the method. Without `dim` features of one size pass unchanged.
 
-    Args: `feature_dims` D_j of each peer, `dim` the common size or None, `term` what needs it, for the message.
+    Args: `feature_dims` D_j of each peer, `dim` the common size or None, `term` what needs it, for the message, `own`
+    the numbers of the peers whose features come in, None for all.
     Raises: ValueError, naming `method.feature_dim`, if the sizes differ and `dim` is None, or `dim` < 1.
     """
 
-    def __init__(self, feature_dims: Sequence[int], dim: int | None, *, term: str) -> None:
+    def __init__(self, feature_dims: Sequence[int], dim: int | None, *, term: str, own: range | None = None) -> None:
         super().__init__()
         if dim is not None and dim < 1:
             raise ValueError(f"method.feature_dim must be at least 1, got {dim}")
@@ -27,7 +29,11 @@ class Projection(nn.Module):
                 f"method.feature_dim: {term} compares features, but those of the peers have {sizes} numbers; "
                 f"set the key to project them to one size, or switch the term off"
             )
-        self.maps = nn.ModuleList(nn.Linear(D, dim, bias=False) for D in feature_dims) if dim else None
+        self.maps = None
+        if dim:
+            maps = [nn.Linear(D, dim, bias=False) for D in feature_dims]  # all, as each draws after the last
+            own = range(len(maps)) if own is None else own
+            self.maps = by_number(own, [maps[j] for j in own])
 
     @staticmethod
     def size(feature_dims: Sequence[int], dim: int | None) -> int:

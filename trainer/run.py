@@ -7,13 +7,14 @@ import platform
 import signal
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from cutnmix.pipeline.batch import Views
@@ -26,6 +27,7 @@ from cutnmix.trainer.display import Display
 from cutnmix.trainer.export import export_peers
 from cutnmix.trainer.figures import draw_batch, draw_curves
 from cutnmix.trainer.folder import RunError, RunFolder, Stopped, write_atomically
+from cutnmix.trainer.mesh import Mesh, joined, leave_it_to_the_first
 from cutnmix.trainer.metrics import Scores, evaluate
 from cutnmix.trainer.schedule import lr_factor
 from cutnmix.trainer.step import Tally
@@ -34,29 +36,58 @@ from cutnmix.trainer.step import Tally
 def train(config: Config, display: Display | None = None) -> dict[str, Any]:
     """Train to the end (from the last checkpoint, under resume=auto) and return what result.json holds.
 
+    Under torchrun every process calls this, and the first one gets the result; the others get {}.
+
     Raises:
         ConfigError, DataError, RunError: before any work is done, naming the key, file or folder; RunError also when
             the loss is no longer finite.
-        Stopped: on SIGTERM or SIGINT, after saving (in the main thread; elsewhere signals are the caller's).
+        Stopped: on SIGTERM or SIGINT to any process, after saving, in all of them after the same step (in the main
+            thread; elsewhere signals are the caller's).
+        LostError: when another process has died or does not answer.
     """
-    display = display or Display()
+    with joined(config) as mesh:
+        return _train(config, mesh, display or Display())
+
+
+def _train(config: Config, mesh: Mesh, display: Display) -> dict[str, Any]:
+    if not mesh.first:
+        display = Display(Console(quiet=True))
     folder = RunFolder(config.folder)
-    folder.check(config)
+    _on_first(mesh, lambda: folder.check(config))
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without it
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = not config.deterministic
-    torch.manual_seed(config.seed)
-    parts = build(config)
+    torch.manual_seed(config.seed + (mesh.rank << 32))  # peers and images of different processes: other dropout
+    parts = build(config, mesh)
     for note in parts.notes:
         display.note(note)
-    with folder.locked(), noted_signals() as requested:
-        folder.check(config)  # again: another process may have started it meanwhile
-        folder.begin(config)
+    with ExitStack() as held, noted_signals() as requested:
+
+        def begin() -> None:
+            held.enter_context(folder.locked())
+            folder.check(config)  # again: another process may have started it meanwhile
+            folder.begin(config)
+
+        _on_first(mesh, begin)
         try:
             return _Run(config, parts, folder, display, requested).go()
         finally:
             parts.close()
+
+
+def _on_first(mesh: Mesh, action: Callable[[], None]) -> None:
+    """Let the first process do it, and the others wait; if it is refused there, they leave without a word."""
+    refused = None
+    if mesh.first:
+        try:
+            action()
+        except RunError as error:
+            refused = error
+    if mesh.same(refused is not None):
+        if refused is None:
+            leave_it_to_the_first()
+        raise refused
 
 
 class _Run:
@@ -64,21 +95,23 @@ class _Run:
 
     def __init__(self, config: Config, parts: Parts, folder: RunFolder, display: Display, requested: list[int]):
         self.config, self.parts, self.folder, self.display = config, parts, folder, display
-        self.requested = requested
+        self.requested, self.mesh = requested, parts.mesh
         self.position, self.tally, self.best_top1 = Position(0, 0), Tally([]), -math.inf
         self.steps_per_epoch = len(parts.plan(0))
         self.timer = _Timer()
-        if config.resume == "auto" and folder.last.exists():
+        if config.resume == "auto" and self.mesh.same(folder.last.exists()):
             state = checkpoint.load(folder.last, parts.setting.device)
-            self.position, self.tally, self.best_top1 = checkpoint.restore(state, parts.learner)
+            self.position, self.tally, self.best_top1 = checkpoint.restore(state, parts.learner, self.mesh)
             display.note(f"{folder.path}: going on at epoch {self.position.epoch + 1}, step {self.position.step}")
-        folder.rewind(self.position, self.global_step)
-        records = folder.records()
-        self.hours_before = records[-1].get("hours") if records else 0.0  # None: begun before hours were on record
         self.began = time.perf_counter()
         if parts.setting.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(parts.setting.device)
-        self.writer = SummaryWriter(str(folder.tensorboard), purge_step=self.global_step + 1)
+        self.writer, self.hours_before = None, None  # of the first process, which alone writes the folder
+        if self.mesh.first:
+            folder.rewind(self.position, self.global_step)
+            records = folder.records()
+            self.hours_before = records[-1].get("hours") if records else 0.0  # None: begun before hours were on record
+            self.writer = SummaryWriter(str(folder.tensorboard), purge_step=self.global_step + 1)
 
     @property
     def global_step(self) -> int:
@@ -92,14 +125,15 @@ class _Run:
             while self.position.epoch < config.epochs:
                 self._epoch()
         finally:
-            self.writer.close()
+            if self.writer:
+                self.writer.close()
             self.display.stop()
         return self._finish()
 
     def _epoch(self) -> None:
         config, epoch, start = self.config, self.position.epoch, self.position.step
         plan = self.parts.plan(epoch)
-        picture = None if self.folder.batch.exists() else _telling_step(plan)
+        picture = None if not self.mesh.first or self.folder.batch.exists() else _telling_step(plan)
         self.timer = _Timer()
         for step, views in enumerate(self.parts.loader.epoch(plan, start), start):
             if step == picture:
@@ -125,9 +159,10 @@ class _Run:
             lr=lr,
             share=1 / (last - first),
             update=step + 1 == last,
+            weight=plan.weight(step),
         )
         self.position = Position(epoch, step + 1)
-        self.timer.images += len(views.index_B) // (1 + plan.second)
+        self.timer.images += len(views.index_B) // (1 + plan.second) * self.mesh.data
         self.display.advance()
         if (step + 1) % config.log_every == 0 or step + 1 == len(plan):
             self._log(epoch + (step + 1) / len(plan), lr)
@@ -137,7 +172,7 @@ class _Run:
             self._poll()
 
     def _log(self, epoch: float, lr: float) -> None:
-        losses = self.tally.read()
+        losses = self.tally.read(self.mesh)
         if not math.isfinite(losses["total"]):
             bad = ", ".join(name for name, value in losses.items() if not math.isfinite(value))
             raise RunError(
@@ -158,7 +193,8 @@ class _Run:
         self.display.losses(losses, record["images_per_s"])
 
     def _test(self, done: int) -> None:
-        scores = score(self.parts, poll=self._poll)
+        # The processes may have other numbers of batches: together they look for signals after the last one only.
+        scores = score(self.parts, poll=self._poll if self.mesh.size == 1 else lambda: None)
         record = {"kind": "test", "epoch": done, "step": self.global_step, "scores": scores}
         flat = {f"test/{key}/{name}": value for name, score in scores.items() for key, value in score.items()}
         self._record(record, flat)
@@ -169,6 +205,8 @@ class _Run:
                 self._save(self.folder.best)
 
     def _record(self, record: dict[str, Any], scalars: dict[str, float]) -> None:
+        if not self.writer:
+            return
         self.folder.append(record | self._cost())
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, record["step"])
@@ -183,22 +221,26 @@ class _Run:
         return cost
 
     def _save(self, path: Path | None = None) -> None:
-        checkpoint.save(path or self.folder.last, self.parts.learner, self.position, self.tally, self.best_top1)
+        path = path or self.folder.last
+        checkpoint.save(path, self.parts.learner, self.position, self.tally, self.best_top1, self.mesh)
 
     def _poll(self) -> None:
-        if self.requested:
+        if signum := self.mesh.agree(self.requested[0] if self.requested else 0):
             self._save()
-            raise Stopped(self.requested[0], self.folder.path)
+            raise Stopped(signum, self.folder.path)
 
     def _draw(self, views: Views, draws: Draws) -> None:
         batch, train = self.parts.step.mix(views, draws), self.parts.splits.train
         draw_batch(views, batch, draws, classes=train.classes, mean=train.mean, std=train.std, path=self.folder.batch)
 
     def _finish(self) -> dict[str, Any]:
+        export_peers(self.parts, self.folder.peers)
+        parameters = sum(self.mesh.of_all_peers(sum(p.numel() for p in self.parts.learner.peers.parameters())))
+        if not self.mesh.first:
+            return {}
         records = self.folder.records()
         tests = [record for record in records if record["kind"] == "test"]
         last, best = tests[-1], max(tests, key=lambda record: record["scores"]["mean"]["top1"])
-        export_peers(self.parts, self.folder.peers)
         result = {
             "headline": {"what": "last epoch, mean over peers, top-1 percent", "top1": last["scores"]["mean"]["top1"]},
             "last_epoch": {"epoch": last["epoch"], "scores": last["scores"]},
@@ -207,8 +249,9 @@ class _Run:
             "hours": last.get("hours"),  # of training and evaluation, building left out
             "peak_memory_bytes": max((r["peak_memory_bytes"] for r in tests if "peak_memory_bytes" in r), default=None),
             "steps": self.global_step,
-            "parameters": sum(p.numel() for p in self.parts.learner.peers.parameters()),
+            "parameters": parameters,
             "hardware": hardware(self.parts.setting.device),
+            "mesh": {"data": self.mesh.data, "peer": self.mesh.peer},
             "precision": str(self.parts.setting.dtype).removeprefix("torch."),
             "compile": self.parts.setting.compile,
             "versions": {name: version(name) for name in ("cutnmix", "torch", "kornia", "numpy")},
@@ -234,6 +277,7 @@ def score(parts: Parts, poll=lambda: None) -> Scores:
         plan,
         num_classes=len(parts.splits.test.classes),
         poll=poll,
+        mesh=parts.mesh,
     )
 
 

@@ -14,7 +14,9 @@ from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch, Views
 from cutnmix.pipeline.mix import MixBatch
 from cutnmix.pipeline.plan import Draws
+from cutnmix.trainer.exchange import ALONE, Exchange
 from cutnmix.trainer.graph import Graphed
+from cutnmix.trainer.mesh import ONE, Mesh
 
 
 @dataclass
@@ -47,21 +49,33 @@ class Tally:
     sums: Tensor | None = None
     steps: int = 0
 
-    def add(self, losses: dict[str, Tensor], logits_JBK: Tensor, target_LBK: Tensor) -> None:
-        """Add one step. Under a mix, predicting a class counts by its share of the target, so lam-weighted top-1."""
+    def add(self, losses: dict[str, Tensor], logits_JBK: Tensor, target_LBK: Tensor, weight: float = 1.0) -> None:
+        """Add one step. Under a mix, predicting a class counts by its share of the target, so lam-weighted top-1.
+
+        `weight`: of the images here in the mean over all, see Plan.weight.
+        """
         self.names = [*losses, "top1"]
         guess_JB1 = logits_JBK.detach().argmax(-1, keepdim=True)
         target_JBK = target_LBK.expand(logits_JBK.shape[0], -1, -1)
         hit = 100 * target_JBK.gather(-1, guess_JB1).mean()
         values = torch.stack([*(loss.detach().float() for loss in losses.values()), hit])
-        self.sums = values if self.sums is None else self.sums + values
+        self.sums = values * weight if self.sums is None else self.sums.add(values, alpha=weight)
         self.steps += 1
 
-    def read(self) -> dict[str, float]:
+    def over_all(self, mesh: Mesh) -> Tensor | None:
+        """The sums of one process that had all peers and images: losses add up over peers, all else is a mean."""
+        if self.sums is None or mesh.size == 1:
+            return self.sums
+        sums = mesh.sum(self.sums) / mesh.data
+        sums[-1] /= mesh.peer  # top1
+        return sums
+
+    def read(self, mesh: Mesh = ONE) -> dict[str, float]:
         """Means since the last reading, and start anew: {loss names ..., "total", "top1" in percent}."""
-        if self.sums is None:
+        sums = self.over_all(mesh)
+        if sums is None:
             return {}
-        means = dict(zip(self.names, (self.sums / self.steps).tolist(), strict=True))
+        means = dict(zip(self.names, (sums / self.steps).tolist(), strict=True))
         top1 = means.pop("top1")
         self.sums, self.steps = None, 0
         return {**means, "total": sum(means.values()), "top1": top1}
@@ -76,6 +90,7 @@ class Step:
         dtype: of autocast; float32 means none.
         compiled: compile mix, peers and method as one graph.
         graphed: captures `gradients` in a CUDA graph, for batches of so many images (see graph.py); None does not.
+        over: with the processes that see the batch's other images.
     """
 
     def __init__(
@@ -86,8 +101,9 @@ class Step:
         *,
         compiled: bool = False,
         graphed: int | None = None,
+        over: Exchange = ALONE,
     ):
-        self.mix, self.device_type, self.dtype = mix, device_type, dtype
+        self.mix, self.device_type, self.dtype, self.over = mix, device_type, dtype, over
         self._forward = torch.compile(self.forward, dynamic=False) if compiled else self.forward
         self._gradients: Callable[..., tuple[dict[str, Tensor], Tensor, Tensor]] = (
             self.gradients if graphed is None else Graphed(self.gradients, graphed)
@@ -120,11 +136,25 @@ class Step:
         return {name: loss.detach() for name, loss in losses.items()}, outputs.logits_JBK.detach(), batch.target_LBK
 
     def train(
-        self, learner: Learner, views: Views, draws: Draws, tally: Tally, *, lr: float, share: float, update: bool
+        self,
+        learner: Learner,
+        views: Views,
+        draws: Draws,
+        tally: Tally,
+        *,
+        lr: float,
+        share: float,
+        update: bool,
+        weight: float = 1.0,
     ) -> None:
-        """One batch's gradients, weighed by `share` (1 / the batches of this update); then the update, if it is due."""
-        tally.add(*self._gradients(learner, views, draws, share))
+        """One batch's gradients, weighed by `share` (1 / the batches of this update); then the update, if it is due.
+
+        `weight`: of the images here in the mean over all, see Plan.weight.
+        """
+        tally.add(*self._gradients(learner, views, draws, share * weight), weight)
         if update:
+            parameters = (p for group in learner.optimizer.param_groups for p in group["params"])
+            self.over.average_([p.grad for p in parameters if p.grad is not None])
             for group in learner.optimizer.param_groups:
                 group["lr"] = lr
             learner.scaler.step(learner.optimizer)

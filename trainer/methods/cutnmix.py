@@ -24,10 +24,12 @@ Source: the paper; no code of its authors is public. Where it leaves a choice, o
   peers, and gamma does not scale it. In PCL it does reach them: `pt_grad_to_peers: true`.
 - Where the box rule gives every peer a target of its own (`clip_corrected`), the teacher's is their mean.
 - One optimizer steps peers and teacher together. As no gradient crosses, that equals one optimizer each.
+- Where peers live in several processes, each holds its own peers' columns of W, and b is in all of them.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
@@ -64,21 +66,30 @@ class CutnMixDistillation(nn.Module):
         self.temperature = temperature
         self.alpha, self.beta, self.gamma = alpha if tau2 else alpha / temperature**2, beta, gamma
         self.mmd_detach, self.pt_grad_to_peers = mmd_detach, pt_grad_to_peers
-        self.projection = Projection(task.feature_dims, feature_dim, term="the MMD (method.beta)") if beta else None
-        self.peer_teacher = nn.Linear(sum(task.feature_dims), task.K) if gamma else None
+        self.over = task.over
+        self.projection = self.peer_teacher = None
+        if beta:
+            self.projection = Projection(task.feature_dims, feature_dim, term="the MMD (method.beta)", own=task.own)
+        if gamma:
+            self.peer_teacher = nn.Linear(sum(task.feature_dims), task.K)
+            own = [self.peer_teacher.weight.split(task.feature_dims, 1)[j] for j in task.own]
+            if len(own) < task.J:
+                self.peer_teacher.weight = nn.Parameter(torch.cat(own, 1).detach())
+            self.of_peers = {"peer_teacher.weight": (1, task.feature_dims)}
 
     def forward(self, outputs: Outputs, batch: Batch, peers: Peers) -> dict[str, Tensor]:
         """All but pt_ce are sums over peers: peer j gets exactly the gradient of L^j, the teacher that of pt_ce."""
         logits_JBK = outputs.logits_JBK
         losses = {"ce": cross_entropy(logits_JBK, batch.target_LBK).sum()}
         if self.alpha:
-            losses["dml"] = self.alpha * mutual_kl(logits_JBK, self.temperature).sum()
+            losses["dml"] = self.alpha * mutual_kl(logits_JBK, self.temperature, self.over).sum()
         if self.projection is not None:
-            losses["mmd"] = self.beta * mmd(self.projection(outputs.features), self.mmd_detach).sum()
+            losses["mmd"] = self.beta * mmd(self.projection(outputs.features), self.mmd_detach, self.over).sum()
         teacher_BK = self.teacher(outputs)
         if teacher_BK is not None:
             losses["pt"] = self.gamma * kl(teacher_BK, logits_JBK, self.temperature).sum()
-            losses["pt_ce"] = cross_entropy(teacher_BK[None], batch.target_LBK.mean(0, keepdim=True)).sum()
+            pt_ce = cross_entropy(teacher_BK[None], batch.target_LBK.mean(0, keepdim=True)).sum()
+            losses["pt_ce"] = self.over.once(pt_ce)
         return losses
 
     def predictions(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
@@ -91,4 +102,9 @@ class CutnMixDistillation(nn.Module):
         if self.peer_teacher is None:
             return None
         feature_BD = at_least_float32(torch.cat(outputs.features, dim=-1))
-        return self.peer_teacher(feature_BD if self.pt_grad_to_peers else feature_BD.detach())
+        if not self.pt_grad_to_peers:
+            feature_BD = feature_BD.detach()
+        if self.over.peer is None:
+            return self.peer_teacher(feature_BD)
+        own_BK = at_least_float32(linear(feature_BD, self.peer_teacher.weight))
+        return self.over.joined(own_BK) + self.peer_teacher.bias

@@ -46,6 +46,7 @@ class DDGSD(nn.Module):
         positive(temperature=temperature)
         not_negative(kl_weight=kl_weight, mmd_weight=mmd_weight)
         self.temperature, self.kl_weight, self.mmd_weight = temperature, kl_weight, mmd_weight
+        self.over = task.over.of_batch()
 
     def forward(self, outputs: Outputs, batch: Batch, peers: Peers) -> dict[str, Tensor]:
         """All are sums over peers, and peer j gets exactly the gradient of L^j, through both of its views."""
@@ -59,7 +60,7 @@ class DDGSD(nn.Module):
         if self.mmd_weight:
             # Each of the two entries of mmd is the squared distance, with its whole gradient.
             pairs = zip(outputs.features, second.features, strict=True)
-            apart_J = torch.stack([mmd(torch.stack(pair), detach=False)[0] for pair in pairs])
+            apart_J = torch.stack([mmd(torch.stack(pair), detach=False, over=self.over)[0] for pair in pairs])
             losses["mmd"] = self.mmd_weight * apart_J.sum()
         return losses
 

@@ -35,13 +35,13 @@ class DML(nn.Module):
         super().__init__()
         positive(temperature=temperature)
         not_negative(alpha=alpha)
-        self.temperature, self.alpha = temperature, alpha
+        self.temperature, self.alpha, self.over = temperature, alpha, task.over
 
     def forward(self, outputs: Outputs, batch: Batch, peers: Peers) -> dict[str, Tensor]:
         """Both are sums over peers, and with the others detached peer j gets exactly the gradient of L^j."""
         losses = {"ce": cross_entropy(outputs.logits_JBK, batch.target_LBK).sum()}
         if self.alpha:
-            losses["dml"] = self.alpha * mutual_kl(outputs.logits_JBK, self.temperature).sum()
+            losses["dml"] = self.alpha * mutual_kl(outputs.logits_JBK, self.temperature, self.over).sum()
         return losses
 
     def predictions(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:

@@ -167,7 +167,14 @@ class KDCL(nn.Module):
             raise ValueError(f"method.weight must be <= 1 under method.variant: mean, got {weight}")
         if not 0 <= holdout < 1:
             raise ValueError(f"method.holdout must be >= 0 and < 1, got {holdout}")
-        self.variant, self.temperature, self.weight = variant, temperature, weight
+        if variant != "mean" and len(task.own) < task.J:
+            raise ValueError(
+                f"mesh.peer must be 1 under method.variant: {variant}, which needs every peer's logits; a mean of them "
+                f"comes from sums: method.variant=mean"
+            )
+        if variant == "general" and task.over.data is not None:
+            raise ValueError("mesh.data must be 1 under method.variant: general, which adds up errors over images")
+        self.variant, self.temperature, self.weight, self.over = variant, temperature, weight, task.over
         self.ce_weight = 1 - weight if variant == "mean" else 1.0
         self.holdout = holdout if variant == "general" else 0.0
         if variant == "general":
@@ -208,6 +215,9 @@ class KDCL(nn.Module):
         """z^t (B, K) of this variant."""
         if self.variant == "general":
             return general(logits_JBK, self.weight_J)
+        if self.over.peer is not None:  # `mean`
+            (sum_BK,) = self.over.total(logits_JBK.sum(0))
+            return sum_BK / self.over.peers(len(logits_JBK))
         return TARGETS[self.variant](logits_JBK, target_BK)
 
     @torch.no_grad()

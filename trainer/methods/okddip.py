@@ -36,7 +36,9 @@ class OKDDip(nn.Module):
     of different feature sizes without `method.feature_dim`.
     """
 
-    needs = Needs("Chen et al., AAAI 2020", min_peers=2)
+    needs = Needs(
+        "Chen et al., AAAI 2020", min_peers=2, whole={"peer": "each peer's target is another mean of all peers' logits"}
+    )
 
     def __init__(
         self,

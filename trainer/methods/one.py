@@ -30,7 +30,9 @@ class ONE(nn.Module):
     Raises: ValueError for `method.temperature` <= 0, `method.weight` < 0 or `method.ramp_epochs` < 0.
     """
 
-    needs = Needs("Lan et al., NeurIPS 2018", min_peers=2, form="branches")
+    needs = Needs(
+        "Lan et al., NeurIPS 2018", min_peers=2, form="branches", whole={"peer": "its branches share one trunk"}
+    )
 
     def __init__(self, task: Task, *, temperature: float = 3.0, weight: float = 1.0, ramp_epochs: float = 80.0) -> None:
         super().__init__()

@@ -40,7 +40,11 @@ class PCL(nn.Module):
     outside [0, 1).
     """
 
-    needs = Needs("Wu and Gong, AAAI 2021", min_peers=2)
+    needs = Needs(
+        "Wu and Gong, AAAI 2021",
+        min_peers=2,
+        whole={"peer": "its ensemble and mean teachers are made of all peers"},
+    )
     step: Tensor
 
     def __init__(

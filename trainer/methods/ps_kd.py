@@ -33,7 +33,11 @@ class PSKD(nn.Module):
     Raises: ValueError for `method.alpha_T` outside [0, 1].
     """
 
-    needs = Needs("Kim et al., ICCV 2021", refuses={"mixup": MIXED, "cutmix": MIXED, "cutnmix": MIXED})
+    needs = Needs(
+        "Kim et al., ICCV 2021",
+        refuses={"mixup": MIXED, "cutmix": MIXED, "cutnmix": MIXED},
+        whole={"data": "what was predicted of an image lies with the process that saw it an epoch ago"},
+    )
 
     past_JNK: Tensor
 
@@ -43,7 +47,8 @@ class PSKD(nn.Module):
             raise ValueError(f"method.alpha_T must be between 0 and 1, got {alpha_T}")
         self.alpha_T, self.epochs = alpha_T, task.epochs
         if alpha_T:
-            self.register_buffer("past_JNK", torch.zeros(task.J, task.num_images, task.K))  # all 0: never seen
+            self.register_buffer("past_JNK", torch.zeros(len(task.own), task.num_images, task.K))  # 0: never seen
+            self.of_peers = {"past_JNK": (0, [1] * task.J)}
 
     def forward(self, outputs: Outputs, batch: Batch, peers: Peers) -> dict[str, Tensor]:
         """A sum over peers. In training mode this forward's predictions take the place of those that it has read."""

@@ -97,7 +97,7 @@ class TfKD(nn.Module):
         self.temperature = 1.0 if variant == "reg" and formula == "code" else temperature  # of the peers
         self.teacher = None if variant == "reg" else load_teacher(task, teacher, teacher_peer)
         if self.teacher is not None and task.peers is not None:
-            _check_same(self.teacher.network, task.peers, teacher)
+            _check_same(self.teacher.network, [task.peers.network(j) for j in task.own], teacher)
 
     def forward(self, outputs: Outputs, batch: Batch, peers: Peers) -> dict[str, Tensor]:
         """Both are sums over peers, so peer j gets exactly the gradient of L^j; a teacher gets none."""
@@ -117,12 +117,9 @@ class TfKD(nn.Module):
         return {} if self.teacher is None else {"teacher": teacher_logits(self.teacher, batch)}
 
 
-def _check_same(network: nn.Module, peers: Peers, teacher: str) -> None:
+def _check_same(network: nn.Module, nets: list[nn.Module], teacher: str) -> None:
     """Refuse a teacher that is no copy of what it teaches."""
-    shapes, *others = (
-        {name: weight.shape for name, weight in net.state_dict().items()}
-        for net in (network, *(peers.network(j) for j in range(len(peers))))
-    )
+    shapes, *others = ({name: weight.shape for name, weight in net.state_dict().items()} for net in (network, *nets))
     if any(other != shapes for other in others):
         raise ValueError(
             f"method.teacher must be the peers' own network under method.variant: self, and {teacher} is another; "

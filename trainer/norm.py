@@ -1,0 +1,46 @@
+"""Batch norms whose statistics are those of the whole batch, over the processes that hold the same peers."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce, wait_tensor
+from torch.nn.functional import batch_norm
+
+
+def synchronise(module: nn.Module, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Put torch.nn.SyncBatchNorm in place of every batch norm within; on a CPU, which that refuses, our twin."""
+    nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
+    if device.type == "cpu":
+        for layer in module.modules():
+            if isinstance(layer, nn.SyncBatchNorm):
+                layer.__class__ = HostSyncBatchNorm  # the same parameters, buffers and settings; another forward
+
+
+class HostSyncBatchNorm(nn.SyncBatchNorm):
+    """nn.SyncBatchNorm for a CPU: for tests without GPUs, exact rather than fast.
+
+    Sums of x and x^2 are added up over the processes in float64, with gradients through both.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, ...) -> the same, normalised by the statistics over B of all processes and over all but C."""
+        assert self.momentum is not None and self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.process_group is not None
+        if not self.training:
+            return batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        axes = [axis for axis in range(input.dim()) if axis != 1]
+        x = input.double()
+        here = torch.stack([x.sum(axes), x.square().sum(axes), torch.full_like(x.sum(axes), x[:, 0].numel())])
+        sum_C, square_C, count_C = wait_tensor(all_reduce(here, "sum", self.process_group))
+        mean_C = sum_C / count_C
+        var_C = (square_C / count_C - mean_C.square()).clamp(min=0)
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            unbiased_C = var_C * count_C / (count_C - 1)
+            self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased_C.to(self.running_var.dtype), self.momentum)
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        normal = (x - mean_C.view(shape)) * (var_C + self.eps).rsqrt().view(shape)
+        if self.affine:
+            normal = normal * self.weight.view(shape) + self.bias.view(shape)
+        return normal.to(input.dtype)
