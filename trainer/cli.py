@@ -1,4 +1,4 @@
-"""The command line: cutnmix train | evaluate | report | export | models | methods | bench."""
+"""The command line: cutnmix train | evaluate | report | export | models | methods | bench | plan-scale."""
 
 import signal
 import sys
@@ -136,6 +136,16 @@ def bench(context: typer.Context):
     from cutnmix.benchmarks.__main__ import app as benchmarks  # it imports all that it compares with
 
     benchmarks(context.args, prog_name="cutnmix bench")
+
+
+@app.command(
+    "plan-scale", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def plan_scale(context: typer.Context):
+    """Plan J peers on N devices: the best mesh, its memory, exchange and step. See cutnmix plan-scale --help."""
+    from cutnmix.benchmarks.plan_scale import app as planner
+
+    planner(context.args, prog_name="cutnmix plan-scale")
 
 
 def _print(table: Table) -> None:
