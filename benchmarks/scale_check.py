@@ -8,6 +8,7 @@ The prediction of a round is compared with the steps of that round, because othe
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from cutnmix.benchmarks.measure import Spread, in_turn
 from cutnmix.benchmarks.plan_scale import name, one_peer
 from cutnmix.benchmarks.records import Record, Row, Sheet, make_record
 from cutnmix.benchmarks.steps import LR, keys
-from cutnmix.models.cost import cost
+from cutnmix.models.cost import check_image_size, cost
 from cutnmix.trainer.build import build
 from cutnmix.trainer.config import Config, ConfigError, load_config
 from cutnmix.trainer.device import choose
@@ -68,8 +69,14 @@ def run(
 ) -> Record:
     """Measure in processes of their own, and tell how far the predictions are off."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if devices < 2:
+        raise ConfigError("--devices: at least 2 processes can exchange something, got 1")
     if batch % devices:
         raise ConfigError(f"--batch: {batch} cannot be cut into {devices} parts")
+    try:
+        check_image_size(network, CLASSES, SIZE)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     settings = {
         "most": most, "network": network, "batch": batch, "method": method,
         "threads": threads or max(1, cores // devices), "rounds": rounds,
@@ -177,7 +184,8 @@ def link_of(seconds: dict[int, float], n: int) -> scale.Link:
     """From the seconds of all-reduces of two sizes in bytes over n devices: the ring formula, turned round."""
     low, high = sorted(seconds.items())
     line = scale.Line.through(low, high)
-    return scale.Link(2 * (n - 1) / n / line.slope, line.fixed / (2 * (n - 1)))
+    bytes_per_s = 2 * (n - 1) / n / line.slope if line.slope else math.inf  # the larger one was no slower
+    return scale.Link(bytes_per_s, line.fixed / (2 * (n - 1)))
 
 
 def _config(settings: dict[str, Any], case: Case) -> Config:
