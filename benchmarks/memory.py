@@ -72,16 +72,16 @@ def probe(overrides: list[str]) -> dict[str, float]:
     device = torch.device(next(key for key in overrides if key.startswith("device=")).removeprefix("device="))
     with training([*overrides, "peers.count=1", "method=baseline", "batch_size=2", "compile=none"]) as step:
         step()
-    clock, before, times = Clock(device), _peak_mib(device), []
+    clock, before, times = Clock(device), peak_mib(device), []
     with training(overrides) as step:
         for _ in range(3):
             clock.start()
             step()
             times.append(clock.stop())
-    return {"peak_mib": _peak_mib(device) - before, "first_s": times[0], "later_s": times[-1]}
+    return {"peak_mib": peak_mib(device) - before, "first_s": times[0], "later_s": times[-1]}
 
 
-def _peak_mib(device: torch.device) -> float:
+def peak_mib(device: torch.device) -> float:
     """The most memory that this process ever held: on the device, or resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20

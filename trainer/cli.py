@@ -1,4 +1,4 @@
-"""The command line: cutnmix train | evaluate | report | export | models | methods | bench | reproduce."""
+"""The command line: cutnmix train | evaluate | report | export | models | methods | bench | reproduce | plan-scale."""
 
 import os
 import signal
@@ -146,6 +146,16 @@ def reproduce(context: typer.Context):
     from cutnmix.benchmarks.reproduce.__main__ import app as reproduction  # torch, TensorBoard and matplotlib
 
     reproduction(context.args, prog_name="cutnmix reproduce")
+
+
+@app.command(
+    "plan-scale", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def plan_scale(context: typer.Context):
+    """Plan J peers on N devices: the best mesh, its memory, exchange and step. See cutnmix plan-scale --help."""
+    from cutnmix.benchmarks.plan_scale import app as planner
+
+    planner(context.args, prog_name="cutnmix plan-scale")
 
 
 def _print(table: Table) -> None:

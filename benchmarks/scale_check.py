@@ -1,0 +1,234 @@
+"""cutnmix plan-scale --check: predicted steps beside real ones, of gloo processes on this machine.
+
+    python -m torch.distributed.run --standalone --nproc-per-node N -m cutnmix.benchmarks.scale_check '{...}'
+
+In every round, in turn: one peer on one process alone, one on each of all N at once, all-reduces of two sizes between
+them, and then what is to be predicted from these: training steps of J peers on each mesh, loader and update included.
+The prediction of a round is compared with the steps of that round, because other work on the machine slows both.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import count as count_up
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from torch.distributed.device_mesh import init_device_mesh
+
+from cutnmix.benchmarks import records, scale
+from cutnmix.benchmarks.measure import Spread, in_turn
+from cutnmix.benchmarks.plan_scale import name, one_peer
+from cutnmix.benchmarks.records import Record, Row, Sheet, make_record
+from cutnmix.benchmarks.steps import LR, keys
+from cutnmix.models.cost import check_image_size, cost
+from cutnmix.trainer.build import build
+from cutnmix.trainer.config import Config, ConfigError, load_config
+from cutnmix.trainer.device import choose
+from cutnmix.trainer.folder import RunError
+from cutnmix.trainer.mesh import ONE, Mesh, joined
+from cutnmix.trainer.step import Tally
+
+CPU = torch.device("cpu")
+SIZE, CLASSES = (32, 32), 10  # handwritten digits
+SMALL, LARGE = 2**10, 2**20  # numbers of an all-reduce
+STEPS, REDUCES = 4, 20  # a turn
+ALONE = scale.Mesh(1, 1)
+NOTES = [
+    "Steps of the trainer on handwritten digits by gloo on this machine, the resident loader and the update included. "
+    "Predicted from one peer on one process (alone for 1 x 1, on all processes at once for the others) and from "
+    "all-reduces of 4 KiB and 4 MiB, all measured in the same round."
+]
+
+
+class Case(NamedTuple):
+    """J peers on a mesh."""
+
+    mesh: scale.Mesh
+    J: int
+
+
+def run(
+    *,
+    most: int,
+    devices: int,
+    network: str,
+    batch: int,
+    method: str,
+    threads: int | None,
+    rounds: int,
+    json_file: Path | None,
+    console: Console,
+) -> Record:
+    """Measure in processes of their own, and tell how far the predictions are off."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if devices < 2:
+        raise ConfigError("--devices: at least 2 processes can exchange something, got 1")
+    if batch % devices:
+        raise ConfigError(f"--batch: {batch} cannot be cut into {devices} parts")
+    try:
+        check_image_size(network, CLASSES, SIZE)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    settings = {
+        "most": most, "network": network, "batch": batch, "method": method,
+        "threads": threads or max(1, cores // devices), "rounds": rounds,
+    }  # fmt: skip
+    console.print(f"training on 1 and {devices} processes, {settings['threads']} threads each ...")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices)]
+    done = subprocess.run(
+        [sys.executable, *command, "-m", "cutnmix.benchmarks.scale_check", json.dumps(settings)],
+        env={**os.environ, "OMP_NUM_THREADS": str(settings["threads"])},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode:
+        raise RunError(f"the processes ended with code {done.returncode}; the reason stands above")
+    record = json.loads(done.stdout.splitlines()[-1])
+    records.show(record, console)
+    if json_file:
+        records.write_json(json_file, record)
+    return record
+
+
+def cases(devices: int, most: int, batch: int) -> list[Case]:
+    """J = 1, 2, 4, ... on one process, and on every mesh of all of them."""
+    counts = [2**i for i in range(most.bit_length())]
+    meshes = {J: [ALONE, *(mesh for mesh in scale.meshes(devices, J, batch)[0] if mesh != ALONE)] for J in counts}
+    return [Case(mesh, J) for J in counts for mesh in meshes[J]]
+
+
+def work(settings: dict[str, Any]) -> Record | None:
+    """What each process does; the first one has the record."""
+    torch.set_num_threads(settings["threads"])
+    devices, network, batch = int(os.environ["WORLD_SIZE"]), settings["network"], settings["batch"]
+    wanted = cases(devices, settings["most"], batch)
+    with joined(_config(settings, Case(scale.Mesh(devices, 1), 1))) as whole, ExitStack() as stack:
+        over = {mesh: _mesh(mesh, whole) for mesh in {case.mesh: None for case in wanted}}
+        steps: dict[Case, Callable[[], None]] = {
+            case: stack.enter_context(_stepping(settings, case, over[case.mesh]))
+            for case in wanted
+            if whole.first or case.mesh != ALONE
+        }
+        sizes = (batch // devices, batch)
+        single, _ = one_peer(network, CLASSES, SIZE, sizes, choose(_config(settings, Case(ALONE, 1))))
+        ring = over.get(scale.Mesh(1, devices)) or _mesh(scale.Mesh(1, devices), whole)
+        sums = {size: torch.ones(size) for size in (SMALL, LARGE)}
+
+        def timed(call: Callable[[], object] | None, times: int) -> Callable[[], float]:
+            """Seconds of a call, from when all are ready until all are done; without one, to wait for the others."""
+
+            def figure() -> float:
+                whole.wait()
+                begun = time.perf_counter()
+                for _ in range(times if call else 0):
+                    call()  # pyright: ignore[reportOptionalCall]
+                whole.wait()
+                return (time.perf_counter() - begun) / times
+
+            return figure
+
+        figures = {f"all {images}": timed(step, STEPS) for images, step in single.items()}
+        figures |= {f"one {images}": timed(step if whole.first else None, STEPS) for images, step in single.items()}
+        for size, numbers in sums.items():
+            figures[f"sum {size}"] = timed(lambda numbers=numbers: ring.over.total(numbers), REDUCES)
+        figures |= {str(case): timed(steps.get(case), STEPS) for case in wanted}
+        in_turn(figures, 1)  # what is made at first use
+        seen = in_turn(figures, settings["rounds"])
+    return _record(settings, wanted, devices, sizes, seen) if whole.first else None
+
+
+def _record(
+    settings: dict[str, Any], wanted: list[Case], devices: int, sizes: tuple[int, int], seen: dict[str, list[float]]
+) -> Record:
+    """Milliseconds measured and predicted, and the ratio of the two round by round."""
+    net = cost(settings["network"], CLASSES, SIZE)
+    turns = range(settings["rounds"])
+    links = [link_of({4 * size: seen[f"sum {size}"][r] for size in (SMALL, LARGE)}, devices) for r in turns]
+    tables: dict[str, dict[str, Row]] = {"measured": {}, "predicted": {}, "ratio": {}}
+    for case in wanted:
+        method = settings["method"] if case.J > 1 else "baseline"
+        job = scale.Job(method, case.J, settings["batch"], CLASSES, net.feature_dim, net.parameters)
+        measured, predicted = seen[str(case)], []
+        for r, link in zip(turns, links, strict=True):
+            who = "one" if case.mesh == ALONE else "all"
+            low, high = ((size, seen[f"{who} {size}"][r]) for size in sizes)
+            single = scale.Single(scale.Line.through(low, high), scale.Line(0.0, 0.0), 0.0)
+            predicted.append(scale.predict(job, case.mesh, single, {"peer": link, "data": link}).step_s)
+        row, column = f"{name(case.mesh)} processes", str(case.J)
+        tables["measured"].setdefault(row, {})[column] = Spread.of([1e3 * value for value in measured])
+        tables["predicted"].setdefault(row, {})[column] = Spread.of([1e3 * value for value in predicted])
+        tables["ratio"].setdefault(row, {})[column] = Spread.of_ratios(predicted, measured)
+    title = f"{settings['network']}, batch {settings['batch']}, {settings['method']}, data x peer"
+    speeds: dict[str, Row] = {
+        "latency, us": {"": Spread.of([1e6 * each.latency_s for each in links])},
+        "bandwidth, Gbit/s": {"": Spread.of([8e-9 * each.bytes_per_s for each in links])},
+    }
+    sheets = [
+        Sheet(f"A training step, measured, {title}", "ms", "J", tables["measured"]),
+        Sheet("The same, predicted", "ms", "J", tables["predicted"]),
+        Sheet("Predicted / measured", "ratio", "J", tables["ratio"]),
+        Sheet(f"The link of {devices} processes", "see the rows", "", speeds),
+    ]
+    return make_record("plan-scale", sheets, settings, NOTES)
+
+
+def link_of(seconds: dict[int, float], n: int) -> scale.Link:
+    """From the seconds of all-reduces of two sizes in bytes over n devices: the ring formula, turned round."""
+    low, high = sorted(seconds.items())
+    line = scale.Line.through(low, high)
+    bytes_per_s = 2 * (n - 1) / n / line.slope if line.slope else math.inf  # the larger one was no slower
+    return scale.Link(bytes_per_s, line.fixed / (2 * (n - 1)))
+
+
+def _config(settings: dict[str, Any], case: Case) -> Config:
+    """The trainer's own, of a case. With one peer there is nobody to learn from."""
+    method, _, variant = (settings["method"] if case.J > 1 else "baseline").partition("-")
+    more = [f"method={method}", *([f"method.variant={variant}"] if variant else [])]
+    mesh = [f"mesh.data={case.mesh.data}", f"mesh.peer={case.mesh.peer}"]
+    overrides = keys(None, settings["network"], settings["batch"], case.J, CPU, "loader=resident", *more, *mesh)
+    return load_config("quickstart", overrides)
+
+
+def _mesh(mesh: scale.Mesh, whole: Mesh) -> Mesh:
+    """The processes of `whole` on another mesh, all of them or each alone."""
+    if mesh == ALONE:
+        return ONE
+    return Mesh(*mesh, whole.rank, init_device_mesh("cpu", mesh, mesh_dim_names=("data", "peer")))
+
+
+@contextmanager
+def _stepping(settings: dict[str, Any], case: Case, mesh: Mesh) -> Iterator[Callable[[], None]]:
+    """What does a training step as the trainer's loop: data, forward, losses, exchange, backward, update, signals."""
+    parts = build(_config(settings, case), mesh)
+    tally = Tally([])
+
+    def batches():
+        for epoch in count_up():
+            plan = parts.plan(epoch)
+            for step, views in enumerate(parts.loader.epoch(plan)):
+                yield views, plan.step(step), plan.weight(step)
+
+    made = batches()
+
+    def one() -> None:
+        views, draws, weight = next(made)
+        parts.step.train(parts.learner, views, draws, tally, lr=LR, share=1.0, update=True, weight=weight)
+        mesh.agree(0)
+
+    yield one
+    made.close()
+    parts.close()
+
+
+if __name__ == "__main__":
+    record = work(json.loads(sys.argv[1]))
+    if record:
+        print(json.dumps(record))
