@@ -163,7 +163,7 @@ def one_peer(
     learner = Learner(peers, method, optimizer, scaler)
     mix = MixBatch(mean=(0.5,) * 3, std=(0.25,) * 3, size=size, num_classes=classes, dtype=setting.dtype).to(device)
     step = Step(mix, device.type, setting.dtype, compiled=setting.compile == "step")
-    compile_modules(setting.compile, device, *peers.compile_units(), mix)
+    compile_modules(setting.compile, *peers.compile_units(), mix)
     tally = Tally([])
 
     def stepping(images: int) -> Callable[[], None]:
