@@ -396,11 +396,10 @@ def test_a_file_that_is_no_measurement_is_refused(change, said, tmp_path):
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_the_link_is_found_from_two_sums(n):
-    check = scale_check()
-    link = scale.Link(3e8, 2e-4)
-    found = check.link_of({size: scale.all_reduce_s(size, n, link) for size in (4096, 2**22)}, n)
-    assert found == pytest.approx(link)
-    assert check.link_of({10: 2.0, 20: 1.0}, n).bytes_per_s == math.inf
+    check, link = scale_check(), scale.Link(3e8, 2e-4)
+    basis = {f"sum {size}": scale.all_reduce_s(4 * size, n, link) for size in (check.SMALL, check.LARGE)}
+    assert check.link_of(basis, n) == pytest.approx(link)
+    assert check.link_of({f"sum {check.SMALL}": 2.0, f"sum {check.LARGE}": 1.0}, n).bytes_per_s == math.inf
 
 
 def test_every_mesh_is_checked():
@@ -410,24 +409,32 @@ def test_every_mesh_is_checked():
     ]  # fmt: skip
 
 
-def test_a_prediction_is_compared_with_the_steps_of_its_round():
-    """Times of one peer and of the link that double from round to round, as all real steps do."""
-    check = scale_check()
-    settings = {"network": "resnet20", "batch": 8, "method": "cutnmix", "rounds": 2}
-    wanted = check.cases(2, 2, 8)
-    link, seen = scale.Link(1e6, 0.1), {}
-    for name, seconds in {"one 4": 1.0, "one 8": 2.0, "all 4": 3.0, "all 8": 4.0}.items():
-        seen[name] = [seconds, 2 * seconds]
-    for size in (check.SMALL, check.LARGE):
-        seconds = scale.all_reduce_s(4 * size, 2, link)
-        seen[f"sum {size}"] = [seconds, 2 * seconds]
-    seen |= {str(case): [1.0, 2.0] for case in wanted}
-    record = check._record(settings, wanted, 2, (4, 8), seen)
+def test_a_prediction_starts_from_the_figures_around_it():
+    """The basis takes twice as long from turn to turn, a step does not; so a case's basis is 1.5 of the one before."""
+    check, link = scale_check(), scale.Link(1e6, 0.1)
+    figures = {"one 8": 2.0, "all 4": 3.0, "all 8": 4.0}
+    figures |= {f"sum {size}": scale.all_reduce_s(4 * size, 2, link) for size in (check.SMALL, check.LARGE)}
+    calls = dict.fromkeys(figures, -1)
+
+    def figure(key: str) -> float:
+        calls[key] += 1
+        return figures[key] * 2 ** calls[key]
+
+    cases = [check.Case(scale.Mesh(1, 1), 2), check.Case(scale.Mesh(1, 2), 2), check.Case(scale.Mesh(2, 1), 1)]
+    seen = check._turns(
+        {case: lambda: 10.0 for case in cases}, {key: lambda key=key: figure(key) for key in figures}, 2
+    )
+    record = check._record({"network": "resnet20", "batch": 8, "method": "cutnmix"}, 2, seen)
     ratio = record["sheets"][2]["rows"]
-    assert ratio["1 x 1 processes"] == {"1": [2.0, 2.0, 2.0, 2], "2": [4.0, 4.0, 4.0, 2]}
-    assert all(cell[1] == cell[2] for row in ratio.values() for cell in row.values())
-    expected = 4.0 + 3 * 0.2 + 0.2 + (4 * 8 * 11 + 8 * 65 + 4 * 8 * 10 + 8) / 1e6
-    assert ratio["1 x 2 processes"]["2"][0] == pytest.approx(expected, rel=1e-5)
+    alone, parts = 2 * 2.0, 4.0 + 4 * 0.2 + (4 * 8 * 11 + 8 * 65 + 4 * 8 * 10 + 8) / 1e6
+    images = 3.0 + 2 * 0.2 + (4 * scale_parameters("resnet20") + 8) / 1e6
+    for row, J, want, (first, second) in (("1 x 1", "2", alone, (1, 32)), ("1 x 2", "2", parts, (2, 16)),
+                                          ("2 x 1", "1", images, (4, 8))):  # fmt: skip
+        assert ratio[row][J][1:3] == [pytest.approx(1.5 * turn * want / 10, rel=1e-4) for turn in (first, second)]
+
+
+def scale_parameters(network: str) -> int:
+    return sum(p.numel() for p in Peers([network], num_classes=10, seed=0).parameters())
 
 
 @pytest.mark.slow
@@ -438,7 +445,7 @@ def test_the_check_trains_on_real_processes(tmp_path, capsys):
     record = json.loads((tmp_path / "check.json").read_text())
     rows = record["sheets"][2]["rows"]
     assert {row: list(cells) for row, cells in rows.items()} == {
-        "1 x 1 processes": ["1", "2"], "2 x 1 processes": ["1", "2"], "1 x 2 processes": ["2"]
+        "1 x 1": ["1", "2"], "2 x 1": ["1", "2"], "1 x 2": ["2"]
     }  # fmt: skip
     assert all(0 < cell[0] < math.inf for cells in rows.values() for cell in cells.values())
     assert "Predicted / measured" in capsys.readouterr().out
