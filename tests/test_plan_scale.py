@@ -136,10 +136,17 @@ def test_the_best_mesh_is_the_fastest_that_fits():
     assert {each.mesh for each in predictions} == {(1, 4), (2, 2), (4, 1)}
     assert [each.step_s for each in predictions] == sorted(each.step_s for each in predictions)
     most = max(each.memory_bytes for each in predictions)
-    limited = scale.plan(JOB, 4, SINGLE, LINKS, memory_limit=most - 1)
-    assert [each.fits for each in limited] == [True, True, False] and limited[-1].memory_bytes == most
     exactly = scale.plan(JOB, 4, SINGLE, LINKS, memory_limit=most)
     assert all(each.fits for each in exactly)
+
+
+def test_what_does_not_fit_comes_last_however_fast():
+    links = {"peer": scale.Link(1.0, 1.0), "data": scale.Link(1e9, 0.0)}  # so the data axis is fast, and takes memory
+    free = scale.plan(JOB, 4, SINGLE, links)
+    assert free[0].memory_bytes == max(each.memory_bytes for each in free)
+    limited = scale.plan(JOB, 4, SINGLE, links, memory_limit=free[0].memory_bytes - 1)
+    assert [each.mesh for each in limited] == [each.mesh for each in (*free[1:], free[0])]
+    assert [each.fits for each in limited] == [True, True, False]
 
 
 @given(st.floats(0, 1e6), st.floats(0, 1e6), st.floats(1, 100), st.floats(1, 100))
@@ -249,6 +256,21 @@ def test_a_peer_is_measured_at_both_sizes(tiny):
     assert 0 < seen.points[0].peak_mib <= seen.points[1].peak_mib
     assert seen.parameters == sum(p.numel() for p in tasks.tiny(4).parameters())
     assert plan_scale.Measured.model_validate_json(seen.model_dump_json()) == seen
+
+
+def test_time_and_memory_go_to_their_batch_size(tiny, monkeypatch):
+    """A peak never falls, so the smaller batch must come first, and the first step is not the whole of it."""
+    log: list[int] = []
+    steps = {images: lambda images=images: log.append(images) for images in (3, 6)}
+    monkeypatch.setattr(plan_scale, "one_peer", lambda *_: (steps, tasks.tiny(4)))
+    monkeypatch.setattr(plan_scale, "peak_mib", lambda device: 100.0 + sum(log))
+    monkeypatch.setattr(plan_scale, "per_second", lambda step, *_, **__: step() or 10.0 * log[-1])
+    threads = torch.get_num_threads()
+    seen = plan_scale.probe(
+        network="tiny", classes=4, size=(8, 8), batches=(6, 3), device="cpu", threads=threads, rounds=2, seconds=0.0
+    )
+    assert [point.peak_mib for point in seen.points] == [100 + 3 + 3, 100 + 3 + 3 + 6 + 6]
+    assert [point.step_ms for point in seen.points] == [(100 / 3, 100 / 3, 100 / 3, 2), (100 / 6, 100 / 6, 100 / 6, 2)]
 
 
 def test_a_measured_step_trains_on_its_whole_batch(tiny, monkeypatch):
