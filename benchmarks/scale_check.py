@@ -2,9 +2,9 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node N -m cutnmix.benchmarks.scale_check '{...}'
 
-In every round, in turn: one peer on one process alone, one on each of all N at once, all-reduces of two sizes between
-them, and then what is to be predicted from these: training steps of J peers on each mesh, loader and update included.
-The prediction of a round is compared with the steps of that round, because other work on the machine slows both.
+What a prediction starts from is measured before and after the steps that it predicts, because other work on the machine
+slows all of them: one peer on one process alone, one on each of all N at once, all-reduces of two sizes between them.
+The steps are the trainer's, of J peers on each mesh, loader and update included.
 """
 
 import json
@@ -24,7 +24,7 @@ from rich.console import Console
 from torch.distributed.device_mesh import init_device_mesh
 
 from cutnmix.benchmarks import records, scale
-from cutnmix.benchmarks.measure import Spread, in_turn
+from cutnmix.benchmarks.measure import Spread
 from cutnmix.benchmarks.plan_scale import name, one_peer
 from cutnmix.benchmarks.records import Record, Row, Sheet, make_record
 from cutnmix.benchmarks.steps import LR, keys
@@ -39,13 +39,15 @@ from cutnmix.trainer.step import Tally
 CPU = torch.device("cpu")
 SIZE, CLASSES = (32, 32), 10  # handwritten digits
 SMALL, LARGE = 2**10, 2**20  # numbers of an all-reduce
-STEPS, REDUCES = 4, 20  # a turn
+STEPS, REDUCES = 4, 20  # of one peer, and of all-reduces, a turn
+PEER_STEPS = 8  # a turn: 8 / J steps of J peers
 ALONE = scale.Mesh(1, 1)
 NOTES = [
     "Steps of the trainer on handwritten digits by gloo on this machine, the resident loader and the update included. "
     "Predicted from one peer on one process (alone for 1 x 1, on all processes at once for the others) and from "
-    "all-reduces of 4 KiB and 4 MiB, all measured in the same round."
+    "all-reduces of 4 KiB and 4 MiB, measured before and after."
 ]
+Figures = dict[str, float]  # seconds: "one 32", "all 32", "sum 1024": who does how much
 
 
 class Case(NamedTuple):
@@ -53,6 +55,13 @@ class Case(NamedTuple):
 
     mesh: scale.Mesh
     J: int
+
+
+class Turn(NamedTuple):
+    """A step of a case, and what a prediction of it starts from."""
+
+    step_s: float
+    basis: Figures
 
 
 def run(
@@ -135,38 +144,47 @@ def work(settings: dict[str, Any]) -> Record | None:
 
             return figure
 
-        figures = {f"all {images}": timed(step, STEPS) for images, step in single.items()}
-        figures |= {f"one {images}": timed(step if whole.first else None, STEPS) for images, step in single.items()}
+        basis = {f"all {images}": timed(step, STEPS) for images, step in single.items()}
+        basis[f"one {batch}"] = timed(single[batch] if whole.first else None, STEPS)
         for size, numbers in sums.items():
-            figures[f"sum {size}"] = timed(lambda numbers=numbers: ring.over.total(numbers), REDUCES)
-        figures |= {str(case): timed(steps.get(case), STEPS) for case in wanted}
-        in_turn(figures, 1)  # what is made at first use
-        seen = in_turn(figures, settings["rounds"])
-    return _record(settings, wanted, devices, sizes, seen) if whole.first else None
+            basis[f"sum {size}"] = timed(lambda numbers=numbers: ring.over.total(numbers), REDUCES)
+        figures = {case: timed(steps.get(case), max(1, PEER_STEPS // case.J)) for case in wanted}
+        _turns(figures, basis, 1)  # what is made at first use
+        seen = _turns(figures, basis, settings["rounds"])
+    return _record(settings, devices, seen) if whole.first else None
 
 
-def _record(
-    settings: dict[str, Any], wanted: list[Case], devices: int, sizes: tuple[int, int], seen: dict[str, list[float]]
-) -> Record:
-    """Milliseconds measured and predicted, and the ratio of the two round by round."""
-    net = cost(settings["network"], CLASSES, SIZE)
-    turns = range(settings["rounds"])
-    links = [link_of({4 * size: seen[f"sum {size}"][r] for size in (SMALL, LARGE)}, devices) for r in turns]
+def _turns(
+    figures: dict[Case, Callable[[], float]], basis: dict[str, Callable[[], float]], rounds: int
+) -> dict[Case, list[Turn]]:
+    """Each case once a round, every second round backwards; the basis in between, a mean of the two around a case."""
+    seen: dict[Case, list[Turn]] = {case: [] for case in figures}
+    order = list(figures)
+    before = {key: figure() for key, figure in basis.items()}
+    for _ in range(rounds):
+        for case in order:
+            step_s, after = figures[case](), {key: figure() for key, figure in basis.items()}
+            seen[case].append(Turn(step_s, {key: (before[key] + after[key]) / 2 for key in basis}))
+            before = after
+        order.reverse()
+    return seen
+
+
+def _record(settings: dict[str, Any], devices: int, seen: dict[Case, list[Turn]]) -> Record:
+    """Milliseconds measured and predicted, and the ratio of the two turn by turn."""
+    net, batch = cost(settings["network"], CLASSES, SIZE), settings["batch"]
     tables: dict[str, dict[str, Row]] = {"measured": {}, "predicted": {}, "ratio": {}}
-    for case in wanted:
+    for case, turns in seen.items():
         method = settings["method"] if case.J > 1 else "baseline"
-        job = scale.Job(method, case.J, settings["batch"], CLASSES, net.feature_dim, net.parameters)
-        measured, predicted = seen[str(case)], []
-        for r, link in zip(turns, links, strict=True):
-            who = "one" if case.mesh == ALONE else "all"
-            low, high = ((size, seen[f"{who} {size}"][r]) for size in sizes)
-            single = scale.Single(scale.Line.through(low, high), scale.Line(0.0, 0.0), 0.0)
-            predicted.append(scale.predict(job, case.mesh, single, {"peer": link, "data": link}).step_s)
-        row, column = f"{name(case.mesh)} processes", str(case.J)
+        job = scale.Job(method, case.J, batch, CLASSES, net.feature_dim, net.parameters)
+        measured = [turn.step_s for turn in turns]
+        predicted = [predict(job, case.mesh, turn.basis, devices) for turn in turns]
+        row, column = name(case.mesh), str(case.J)
         tables["measured"].setdefault(row, {})[column] = Spread.of([1e3 * value for value in measured])
         tables["predicted"].setdefault(row, {})[column] = Spread.of([1e3 * value for value in predicted])
         tables["ratio"].setdefault(row, {})[column] = Spread.of_ratios(predicted, measured)
-    title = f"{settings['network']}, batch {settings['batch']}, {settings['method']}, data x peer"
+    title = f"{settings['network']}, batch {batch}, {settings['method']}, data x peer processes"
+    links = [link_of(turn.basis, devices) for turns in seen.values() for turn in turns]
     speeds: dict[str, Row] = {
         "latency, us": {"": Spread.of([1e6 * each.latency_s for each in links])},
         "bandwidth, Gbit/s": {"": Spread.of([8e-9 * each.bytes_per_s for each in links])},
@@ -180,9 +198,21 @@ def _record(
     return make_record("plan-scale", sheets, settings, NOTES)
 
 
-def link_of(seconds: dict[int, float], n: int) -> scale.Link:
-    """From the seconds of all-reduces of two sizes in bytes over n devices: the ring formula, turned round."""
-    low, high = sorted(seconds.items())
+def predict(job: scale.Job, mesh: scale.Mesh, basis: Figures, devices: int) -> float:
+    """Seconds of a step, nothing overlapping, from the basis; one process alone has no other one beside it."""
+    if mesh == ALONE:
+        step_s = scale.Line(0.0, basis[f"one {job.B}"] / job.B)
+    else:
+        low, high = ((size, basis[f"all {size}"]) for size in (job.B // devices, job.B))
+        step_s = scale.Line.through(low, high)
+    link = link_of(basis, devices)
+    single = scale.Single(step_s, activation_bytes=scale.Line(0.0, 0.0), fixed_bytes=0.0)
+    return scale.predict(job, mesh, single, {"peer": link, "data": link}).step_s
+
+
+def link_of(basis: Figures, n: int) -> scale.Link:
+    """From all-reduces of two sizes over n processes: the ring formula, turned round."""
+    low, high = ((scale.FLOAT * size, basis[f"sum {size}"]) for size in (SMALL, LARGE))
     line = scale.Line.through(low, high)
     bytes_per_s = 2 * (n - 1) / n / line.slope if line.slope else math.inf  # the larger one was no slower
     return scale.Link(bytes_per_s, line.fixed / (2 * (n - 1)))

@@ -136,10 +136,17 @@ def test_the_best_mesh_is_the_fastest_that_fits():
     assert {each.mesh for each in predictions} == {(1, 4), (2, 2), (4, 1)}
     assert [each.step_s for each in predictions] == sorted(each.step_s for each in predictions)
     most = max(each.memory_bytes for each in predictions)
-    limited = scale.plan(JOB, 4, SINGLE, LINKS, memory_limit=most - 1)
-    assert [each.fits for each in limited] == [True, True, False] and limited[-1].memory_bytes == most
     exactly = scale.plan(JOB, 4, SINGLE, LINKS, memory_limit=most)
     assert all(each.fits for each in exactly)
+
+
+def test_what_does_not_fit_comes_last_however_fast():
+    links = {"peer": scale.Link(1.0, 1.0), "data": scale.Link(1e9, 0.0)}  # so the data axis is fast, and takes memory
+    free = scale.plan(JOB, 4, SINGLE, links)
+    assert free[0].memory_bytes == max(each.memory_bytes for each in free)
+    limited = scale.plan(JOB, 4, SINGLE, links, memory_limit=free[0].memory_bytes - 1)
+    assert [each.mesh for each in limited] == [each.mesh for each in (*free[1:], free[0])]
+    assert [each.fits for each in limited] == [True, True, False]
 
 
 @given(st.floats(0, 1e6), st.floats(0, 1e6), st.floats(1, 100), st.floats(1, 100))
@@ -249,6 +256,21 @@ def test_a_peer_is_measured_at_both_sizes(tiny):
     assert 0 < seen.points[0].peak_mib <= seen.points[1].peak_mib
     assert seen.parameters == sum(p.numel() for p in tasks.tiny(4).parameters())
     assert plan_scale.Measured.model_validate_json(seen.model_dump_json()) == seen
+
+
+def test_time_and_memory_go_to_their_batch_size(tiny, monkeypatch):
+    """A peak never falls, so the smaller batch must come first, and the first step is not the whole of it."""
+    log: list[int] = []
+    steps = {images: lambda images=images: log.append(images) for images in (3, 6)}
+    monkeypatch.setattr(plan_scale, "one_peer", lambda *_: (steps, tasks.tiny(4)))
+    monkeypatch.setattr(plan_scale, "peak_mib", lambda device: 100.0 + sum(log))
+    monkeypatch.setattr(plan_scale, "per_second", lambda step, *_, **__: step() or 10.0 * log[-1])
+    threads = torch.get_num_threads()
+    seen = plan_scale.probe(
+        network="tiny", classes=4, size=(8, 8), batches=(6, 3), device="cpu", threads=threads, rounds=2, seconds=0.0
+    )
+    assert [point.peak_mib for point in seen.points] == [100 + 3 + 3, 100 + 3 + 3 + 6 + 6]
+    assert [point.step_ms for point in seen.points] == [(100 / 3, 100 / 3, 100 / 3, 2), (100 / 6, 100 / 6, 100 / 6, 2)]
 
 
 def test_a_measured_step_trains_on_its_whole_batch(tiny, monkeypatch):
@@ -396,11 +418,10 @@ def test_a_file_that_is_no_measurement_is_refused(change, said, tmp_path):
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_the_link_is_found_from_two_sums(n):
-    check = scale_check()
-    link = scale.Link(3e8, 2e-4)
-    found = check.link_of({size: scale.all_reduce_s(size, n, link) for size in (4096, 2**22)}, n)
-    assert found == pytest.approx(link)
-    assert check.link_of({10: 2.0, 20: 1.0}, n).bytes_per_s == math.inf
+    check, link = scale_check(), scale.Link(3e8, 2e-4)
+    basis = {f"sum {size}": scale.all_reduce_s(4 * size, n, link) for size in (check.SMALL, check.LARGE)}
+    assert check.link_of(basis, n) == pytest.approx(link)
+    assert check.link_of({f"sum {check.SMALL}": 2.0, f"sum {check.LARGE}": 1.0}, n).bytes_per_s == math.inf
 
 
 def test_every_mesh_is_checked():
@@ -410,24 +431,32 @@ def test_every_mesh_is_checked():
     ]  # fmt: skip
 
 
-def test_a_prediction_is_compared_with_the_steps_of_its_round():
-    """Times of one peer and of the link that double from round to round, as all real steps do."""
-    check = scale_check()
-    settings = {"network": "resnet20", "batch": 8, "method": "cutnmix", "rounds": 2}
-    wanted = check.cases(2, 2, 8)
-    link, seen = scale.Link(1e6, 0.1), {}
-    for name, seconds in {"one 4": 1.0, "one 8": 2.0, "all 4": 3.0, "all 8": 4.0}.items():
-        seen[name] = [seconds, 2 * seconds]
-    for size in (check.SMALL, check.LARGE):
-        seconds = scale.all_reduce_s(4 * size, 2, link)
-        seen[f"sum {size}"] = [seconds, 2 * seconds]
-    seen |= {str(case): [1.0, 2.0] for case in wanted}
-    record = check._record(settings, wanted, 2, (4, 8), seen)
+def test_a_prediction_starts_from_the_figures_around_it():
+    """The basis takes twice as long from turn to turn, a step does not; so a case's basis is 1.5 of the one before."""
+    check, link = scale_check(), scale.Link(1e6, 0.1)
+    figures = {"one 8": 2.0, "all 4": 3.0, "all 8": 4.0}
+    figures |= {f"sum {size}": scale.all_reduce_s(4 * size, 2, link) for size in (check.SMALL, check.LARGE)}
+    calls = dict.fromkeys(figures, -1)
+
+    def figure(key: str) -> float:
+        calls[key] += 1
+        return figures[key] * 2 ** calls[key]
+
+    cases = [check.Case(scale.Mesh(1, 1), 2), check.Case(scale.Mesh(1, 2), 2), check.Case(scale.Mesh(2, 1), 1)]
+    seen = check._turns(
+        {case: lambda: 10.0 for case in cases}, {key: lambda key=key: figure(key) for key in figures}, 2
+    )
+    record = check._record({"network": "resnet20", "batch": 8, "method": "cutnmix"}, 2, seen)
     ratio = record["sheets"][2]["rows"]
-    assert ratio["1 x 1 processes"] == {"1": [2.0, 2.0, 2.0, 2], "2": [4.0, 4.0, 4.0, 2]}
-    assert all(cell[1] == cell[2] for row in ratio.values() for cell in row.values())
-    expected = 4.0 + 3 * 0.2 + 0.2 + (4 * 8 * 11 + 8 * 65 + 4 * 8 * 10 + 8) / 1e6
-    assert ratio["1 x 2 processes"]["2"][0] == pytest.approx(expected, rel=1e-5)
+    alone, parts = 2 * 2.0, 4.0 + 4 * 0.2 + (4 * 8 * 11 + 8 * 65 + 4 * 8 * 10 + 8) / 1e6
+    images = 3.0 + 2 * 0.2 + (4 * scale_parameters("resnet20") + 8) / 1e6
+    for row, J, want, (first, second) in (("1 x 1", "2", alone, (1, 32)), ("1 x 2", "2", parts, (2, 16)),
+                                          ("2 x 1", "1", images, (4, 8))):  # fmt: skip
+        assert ratio[row][J][1:3] == [pytest.approx(1.5 * turn * want / 10, rel=1e-4) for turn in (first, second)]
+
+
+def scale_parameters(network: str) -> int:
+    return sum(p.numel() for p in Peers([network], num_classes=10, seed=0).parameters())
 
 
 @pytest.mark.slow
@@ -438,7 +467,7 @@ def test_the_check_trains_on_real_processes(tmp_path, capsys):
     record = json.loads((tmp_path / "check.json").read_text())
     rows = record["sheets"][2]["rows"]
     assert {row: list(cells) for row, cells in rows.items()} == {
-        "1 x 1 processes": ["1", "2"], "2 x 1 processes": ["1", "2"], "1 x 2 processes": ["2"]
+        "1 x 1": ["1", "2"], "2 x 1": ["1", "2"], "1 x 2": ["2"]
     }  # fmt: skip
     assert all(0 < cell[0] < math.inf for cells in rows.values() for cell in cells.values())
     assert "Predicted / measured" in capsys.readouterr().out
