@@ -38,6 +38,7 @@ from cutnmix.pipeline.batch import Views
 from cutnmix.pipeline.mix import MixBatch
 from cutnmix.pipeline.plan import Distort, Draws, Mix, make_plan
 from cutnmix.pipeline.resident import ResidentLoader
+from cutnmix.trainer.mesh import ONE
 from cutnmix.trainer.method import Task
 from cutnmix.trainer.methods import METHODS
 from cutnmix.trainer.metrics import _metrics, _update
@@ -150,7 +151,7 @@ def test_without_force_autocast_would_be_off_and_the_test_above_red(tmp_path, mo
 
 @pytest.mark.parametrize("num_classes", [4, 100])
 def test_an_evaluation_reads_nothing_until_its_end(num_classes):
-    metrics = _metrics(num_classes, torch.device("cpu"))
+    metrics = _metrics(num_classes, torch.device("cpu"), ONE)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for metric in metrics.values(copy_state=False):
             for name in metric._defaults:

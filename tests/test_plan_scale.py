@@ -253,7 +253,7 @@ def test_a_peer_is_measured_at_both_sizes(tiny):
     )
     assert [point.images for point in seen.points] == [3, 6]
     assert all(0 < low <= median <= high and n == 2 for median, low, high, n in (p.step_ms for p in seen.points))
-    assert 0 < seen.points[0].peak_mib <= seen.points[1].peak_mib
+    assert all(point.peak_mib > 0 for point in seen.points)
     assert seen.parameters == sum(p.numel() for p in tasks.tiny(4).parameters())
     assert plan_scale.Measured.model_validate_json(seen.model_dump_json()) == seen
 
