@@ -130,12 +130,20 @@ def _versions() -> list[str]:
 
 
 def commit() -> str:
-    """The commit of the checkout, or the version of the package that was installed without one."""
+    """The commit of the checkout, or the version of the package that was installed without one.
+
+    Marked as dirty if files were changed since, other than the records of benchmarks themselves.
+    """
     root = checkout()
     if root is None:
         return f"cutnmix {version('cutnmix')}"
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
+
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        name = git("describe", "--always")
     except OSError:
         return "unknown"
-    return git.stdout.strip() or "unknown"
+    return name + ("-dirty" if changed else "") if name else "unknown"
