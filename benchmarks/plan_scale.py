@@ -220,6 +220,9 @@ def plan_scale(
     if method not in scale.METHODS:
         raise ConfigError(f"--method: {method!r} is not planned for; choose one of {', '.join(scale.METHODS)}")
     if check:
+        given = {"--link-gbps": link_gbps, "--latency-us": latency_us, "--measured": measured, "--save": save}
+        if unused := [option for option, value in given.items() if value]:
+            raise ConfigError(f"--check: leave out {unused[0]}, steps and links are measured here")
         from cutnmix.benchmarks import scale_check  # it needs torch.distributed
 
         scale_check.run(
@@ -239,9 +242,7 @@ def plan_scale(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     good, refused = scale.meshes(devices, peers, batch)
-    if not good:
-        reasons = "; ".join(f"{name(mesh)}: {why}" for mesh, why in refused.items())
-        raise ConfigError(f"--devices: no mesh of {devices}: {reasons}")
+    _check_any(good, refused, devices)
     if measured:
         seen = read(measured, network=network, classes=classes, image_size=size)
     else:
@@ -252,9 +253,17 @@ def plan_scale(
         )  # fmt: skip
     if save:
         records.write_json(save, seen.model_dump(mode="json"))
+    if seen.precision == "float16":  # as the trainer has it
+        refused |= {
+            mesh: "fp16 skips steps, and processes with other peers would skip other ones"
+            for mesh in good
+            if mesh.peer > 1
+        }
+        good = [mesh for mesh in good if mesh.peer == 1]
+        _check_any(good, refused, devices)
     job = scale.Job(method, peers, batch, classes, net.feature_dim, net.parameters, round(data_gb * GB))
     limit = None if memory_gb is None else memory_gb * GB
-    predictions = scale.plan(job, devices, seen.single(), links, limit)
+    predictions = scale.plan(job, good, seen.single(), links, limit)
     _show(job, predictions, refused, seen, limit)
     if json_file:
         records.write_json(json_file, _tree(job, predictions, refused, seen, links, limit))
@@ -288,6 +297,12 @@ def read(path: Path, **asked: Any) -> Measured:
         if (there := getattr(seen, key)) != value:
             raise ConfigError(f"--measured: {path} has {key} {there}, not {value}: give --{key.replace('_', '-')}")
     return seen
+
+
+def _check_any(good: list[scale.Mesh], refused: dict[scale.Mesh, str], devices: int) -> None:
+    if not good:
+        reasons = "; ".join(f"{name(mesh)}: {why}" for mesh, why in refused.items())
+        raise ConfigError(f"--devices: no mesh of {devices}: {reasons}")
 
 
 def _links(gbps: str, latency_us: str, devices: int) -> dict[str, scale.Link]:
@@ -335,11 +350,15 @@ def _show(
 ) -> None:
     for key in ("hardware", "threads", "versions", "commit"):
         console.print(f"{key}: {getattr(seen, key)}", soft_wrap=True)
+    low, high = seen.points
     points = ", ".join(
         f"{point.images} images {records.text(Spread(*point.step_ms))} ms, {point.peak_mib:,.0f} MiB"
         for point in seen.points
     )
     console.print(f"one peer of {seen.network}, {seen.precision}: {points}", soft_wrap=True)
+    outside = sorted({each.images for each in predictions if not low.images <= each.images <= high.images})
+    if outside:
+        console.print(f"not measured, on the line through what was: {', '.join(map(str, outside))} images")
     heads = (
         "mesh",
         "peers",

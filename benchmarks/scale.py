@@ -40,7 +40,7 @@ class Line(NamedTuple):
     slope: float
 
     def at(self, x: float) -> float:
-        """Y."""
+        """The line's y there."""
         return self.fixed + self.slope * x
 
     @classmethod
@@ -204,9 +204,8 @@ def predict(
 
 
 def plan(
-    job: Job, devices: int, single: Single, links: dict[str, Link], memory_limit: float | None = None
+    job: Job, good: list[Mesh], single: Single, links: dict[str, Link], memory_limit: float | None = None
 ) -> list[Prediction]:
-    """All meshes that can be built, those that fit first, the fastest first among them."""
-    good, _ = meshes(devices, job.J, job.B)
+    """Of some of `meshes`: those that fit first, the fastest first among them."""
     predictions = [predict(job, mesh, single, links, memory_limit) for mesh in good]
     return sorted(predictions, key=lambda each: (not each.fits, each.step_s, each.memory_bytes))

@@ -29,6 +29,7 @@ JOB = scale.Job("cutnmix", J=4, B=8, K=10, D_f=6, parameters=1000, dataset_bytes
 SINGLE = scale.Single(scale.Line(0.5, 0.25), scale.Line(0.0, 100.0), 5000.0)
 LINKS = {"peer": scale.Link(1000.0, 0.5), "data": scale.Link(100.0, 0.25)}
 MESHES = [scale.Mesh(1, 1), scale.Mesh(1, 2), scale.Mesh(2, 1), scale.Mesh(2, 2), scale.Mesh(4, 2)]
+FOUR, _ = scale.meshes(4, JOB.J, JOB.B)
 METHOD = pytest.mark.parametrize("method", scale.METHODS)
 POSITIVE = st.floats(1e-6, 1e6)
 LINK = st.builds(scale.Link, POSITIVE, st.floats(0, 10))
@@ -132,19 +133,19 @@ def test_the_meshes_are_all_that_can_be_cut(devices, J):
 
 
 def test_the_best_mesh_is_the_fastest_that_fits():
-    predictions = scale.plan(JOB, 4, SINGLE, LINKS)
+    predictions = scale.plan(JOB, FOUR, SINGLE, LINKS)
     assert {each.mesh for each in predictions} == {(1, 4), (2, 2), (4, 1)}
     assert [each.step_s for each in predictions] == sorted(each.step_s for each in predictions)
     most = max(each.memory_bytes for each in predictions)
-    exactly = scale.plan(JOB, 4, SINGLE, LINKS, memory_limit=most)
+    exactly = scale.plan(JOB, FOUR, SINGLE, LINKS, memory_limit=most)
     assert all(each.fits for each in exactly)
 
 
 def test_what_does_not_fit_comes_last_however_fast():
     links = {"peer": scale.Link(1.0, 1.0), "data": scale.Link(1e9, 0.0)}  # so the data axis is fast, and takes memory
-    free = scale.plan(JOB, 4, SINGLE, links)
+    free = scale.plan(JOB, FOUR, SINGLE, links)
     assert free[0].memory_bytes == max(each.memory_bytes for each in free)
-    limited = scale.plan(JOB, 4, SINGLE, links, memory_limit=free[0].memory_bytes - 1)
+    limited = scale.plan(JOB, FOUR, SINGLE, links, memory_limit=free[0].memory_bytes - 1)
     assert [each.mesh for each in limited] == [each.mesh for each in (*free[1:], free[0])]
     assert [each.fits for each in limited] == [True, True, False]
 
@@ -364,13 +365,31 @@ def predicted(J: int) -> list[scale.Prediction]:
     """By the formulae, what the command of ASKED and SPEEDS plans for J peers."""
     links = {"peer": scale.Link(1e9, 5e-6), "data": scale.Link(1e8, 5e-6)}
     W = sum(p.numel() for p in tasks.tiny(4).parameters())
-    return scale.plan(scale.Job("cutnmix", J, 8, 4, tasks.D, W), 4, measured().single(), links)
+    good, _ = scale.meshes(4, J, 8)
+    return scale.plan(scale.Job("cutnmix", J, 8, 4, tasks.D, W), good, measured().single(), links)
 
 
 def rows_of(out: str) -> dict[str, str]:
     """Mesh -> its line of the table."""
     lines = (line.split("\u2502") for line in out.splitlines() if " x " in line)
     return {cells[1].strip(): " ".join(cells) for cells in lines if len(cells) > 2}
+
+
+def test_half_precision_is_not_split_over_peers(command, saved):
+    """As the trainer refuses it."""
+    saved.write_text(measured(precision="float16").model_dump_json())
+    code, out, _ = command(*ASKED, *SPEEDS, f"--measured={saved}")
+    rows = rows_of(out)
+    assert code == 0 and list(rows) == ["4 x 1", "1 x 4", "2 x 2"]
+    assert ["fp16 skips" in row for row in rows.values()] == [False, True, True]
+    code, _, err = command(*ASKED, "--batch=6", *SPEEDS, f"--measured={saved}")
+    assert code == 2 and "no mesh of 4" in err and "a batch of 6" in err
+
+
+def test_a_batch_size_that_was_not_measured_is_told(command, saved):
+    for batch, said in (("8", False), ("40", True)):
+        _, out, _ = command(*ASKED, f"--batch={batch}", *SPEEDS, f"--measured={saved}")
+        assert ("on the line through what was: 20, 40 images" in out) == said
 
 
 @pytest.mark.parametrize(
@@ -384,6 +403,7 @@ def rows_of(out: str) -> dict[str, str]:
         (["--link-gbps=1,2,3"], "got '1,2,3'"),
         (["--latency-us=-1"], "--latency-us: needed for more devices than one: a number >= 0"),
         (["--network=resnet33"], "resnet33"),
+        (["--check"], "--check: leave out --link-gbps, steps and links are measured here"),
         (["--save=new.json"], "--save: nothing is measured"),
         (["--classes=5"], "classes 4, not 5: give --classes"),
         (["--image-size=16"], "image_size (32, 32), not (16, 16): give --image-size"),
