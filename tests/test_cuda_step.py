@@ -290,7 +290,10 @@ def test_a_whole_step_of_four_peers_in_one_graph(tmp_path):
     for source in made:
         assert all("cubin" in assembly for assembly in kernels(source, tmp_path))
         assert transposes(source) == 0
-        assert all(strides[1] == 1 for _, strides in maps(source))
+        maps_of_images = [
+            strides for shape, strides in maps(source) if shape[0] == 128
+        ]  # rows of mixed views: (4, 128, ...)
+        assert maps_of_images and all(strides[1] == 1 for strides in maps_of_images)
     assert library_calls(made.forward).count("convolution") == 4 * 33
     assert library_calls(made.backward).count("convolution_backward") == 4 * 33
     assert launches(made.forward) <= 4 * FORWARD + 25
