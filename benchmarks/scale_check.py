@@ -39,6 +39,7 @@ from cutnmix.trainer.step import Tally
 CPU = torch.device("cpu")
 SIZE, CLASSES = (32, 32), 10  # handwritten digits
 SMALL, LARGE = 2**10, 2**20  # numbers of an all-reduce
+TIMEOUT_S = 120.0  # for which a process waits for another one
 STEPS, REDUCES = 4, 20  # of one peer, and of all-reduces, a turn
 PEER_STEPS = 8  # a turn: 8 / J steps of J peers
 ALONE = scale.Mesh(1, 1)
@@ -222,7 +223,7 @@ def _config(settings: dict[str, Any], case: Case) -> Config:
     """The trainer's own, of a case. With one peer there is nobody to learn from."""
     method, _, variant = (settings["method"] if case.J > 1 else "baseline").partition("-")
     more = [f"method={method}", *([f"method.variant={variant}"] if variant else [])]
-    mesh = [f"mesh.data={case.mesh.data}", f"mesh.peer={case.mesh.peer}"]
+    mesh = [f"mesh.data={case.mesh.data}", f"mesh.peer={case.mesh.peer}", f"mesh.timeout_s={TIMEOUT_S}"]
     overrides = keys(None, settings["network"], settings["batch"], case.J, CPU, "loader=resident", *more, *mesh)
     return load_config("quickstart", overrides)
 
