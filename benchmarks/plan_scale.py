@@ -28,15 +28,15 @@ from cutnmix.benchmarks.memory import peak_mib
 from cutnmix.models.cost import cost, made_for
 from cutnmix.models.peers import Peers
 from cutnmix.pipeline import Distort, Mix, MixBatch, Views, make_plan
+from cutnmix.trainer.build import make_learner
 from cutnmix.trainer.config import ConfigError, load_config
 from cutnmix.trainer.device import Setting, choose, compile_modules
 from cutnmix.trainer.folder import RunError
-from cutnmix.trainer.method import Task
 from cutnmix.trainer.methods import METHODS
-from cutnmix.trainer.step import Learner, Step, Tally
+from cutnmix.trainer.step import Step, Tally
 
 GB, MIB = 1e9, 2**20
-LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
+LR = 0.01
 WARMUP = 1  # steps a turn
 NOTE = (
     "ms: the exchange after the computation; at least: the longer of the two, the other hidden behind it. Exchanged: "
@@ -153,14 +153,9 @@ def one_peer(
     On random pixels, cut and mixed; by the trainer's defaults on the device.
     """
     device = setting.device
-    peers = Peers([network], num_classes=classes, seed=0).to(device)
-    peers.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] (missing in torch's stub)
-    method: Any = METHODS["baseline"](Task(1, classes, peers.feature_dims, None, max(batches), epochs=1, peers=peers))
-    optimizer = torch.optim.SGD(
-        peers.parameters(), LR, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY, fused=True
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=setting.dtype == torch.float16)
-    learner = Learner(peers, method, optimizer, scaler)
+    config = load_config("quickstart", ["method=baseline", "peers.count=1", f"peers.network={network}"])
+    learner = make_learner(config, setting, num_classes=classes, num_images=max(batches))
+    peers = learner.peers
     mix = MixBatch(mean=(0.5,) * 3, std=(0.25,) * 3, size=size, num_classes=classes, dtype=setting.dtype).to(device)
     step = Step(mix, device.type, setting.dtype, compiled=setting.compile == "step")
     compile_modules(setting.compile, *peers.compile_units(), mix)

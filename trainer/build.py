@@ -119,7 +119,8 @@ def build(config: Config, mesh: Mesh = ONE) -> Parts:
     _check_parts(config, splits, setting, mesh)
     left_out = [_left_out(split) for split in splits if split.left_out]
     notes = [*setting.notes, *_checked_networks(config, splits.train), *left_out]
-    learner = _learner(config, splits.train, setting, mesh)
+    train = splits.train
+    learner = make_learner(config, setting, num_classes=len(train.classes), num_images=len(train), mesh=mesh)
     graphed = config.images_per_step if setting.compile == "graph" else None
     step = _step(config, splits.train, setting, mesh, graphed)
     test_step = _step(config, splits.test, setting, mesh)
@@ -219,8 +220,13 @@ def _checked_networks(config: Config, train: Dataset) -> list[str]:
     ]
 
 
-def _learner(config: Config, train: Dataset, setting: Setting, mesh: Mesh) -> Learner:
-    num_classes, networks, over = len(train.classes), config.peers.networks, mesh.over
+def make_learner(config: Config, setting: Setting, *, num_classes: int, num_images: int, mesh: Mesh = ONE) -> Learner:
+    """Peers, method and optimizer as this process has them, on the device, for a training set of so many images.
+
+    Raises:
+        ConfigError: for a network or a key of the method that cannot be.
+    """
+    networks, over = config.peers.networks, mesh.over
     own = over.own(len(networks))
     try:
         peers = Peers(networks, num_classes=num_classes, seed=config.seed, form=config.peers.form, own=own)
@@ -229,7 +235,7 @@ def _learner(config: Config, train: Dataset, setting: Setting, mesh: Mesh) -> Le
             K=num_classes,
             feature_dims=_feature_dims(networks, num_classes) if len(own) < len(networks) else peers.feature_dims,
             trunk_dim=peers.trunk_dim,
-            num_images=len(train),
+            num_images=num_images,
             epochs=config.epochs,
             peers=peers,
             over=over,

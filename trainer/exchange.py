@@ -8,7 +8,7 @@ Everything is the identity for a run of one process, `ALONE`, and leaves its num
 processes of an axis get the same bits, so what they hold in common stays in common.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -77,7 +77,7 @@ class Exchange(NamedTuple):
         """The data axis alone."""
         return self._replace(peer=None, peer_index=0, peer_count=1)
 
-    def average_(self, gradients: Sequence[Tensor]) -> None:
+    def average_(self, gradients: Iterable[Tensor]) -> None:
         """Mean over the data axis, in place and in one all-reduce.
 
         Not DistributedDataParallel: it lays its buckets out anew after the first backward pass, so sums over three and
@@ -85,10 +85,11 @@ class Exchange(NamedTuple):
         """
         if self.data is None:
             return
+        gradients = [*gradients]
         whole = _sum(torch.cat([gradient.flatten() for gradient in gradients]), self.data) / self.data_count
         means = whole.split([gradient.numel() for gradient in gradients])
         torch._foreach_copy_(
-            [*gradients], [mean.view(gradient.shape) for mean, gradient in zip(means, gradients, strict=True)]
+            gradients, [mean.view(gradient.shape) for mean, gradient in zip(means, gradients, strict=True)]
         )
 
 

@@ -134,14 +134,18 @@ class RunFolder:
         begin = f'{{"kind": "{kind}"' if kind else ""  # so that the others, which are far more, need not be parsed
         return [json.loads(line) for line in lines if line.startswith(begin)]
 
-    def rewind(self, position: Position, global_step: int) -> None:
-        """Drop the records of what the checkpoint at `position` has not seen: it will be done, and written, again."""
+    def rewind(self, position: Position, global_step: int) -> list[dict[str, Any]]:
+        """Drop the records of what the checkpoint at `position` has not seen: it will be done, and written, again.
+
+        Returns those that are left.
+        """
         kept = [
             record
             for record in self.records()
             if (record["epoch"] <= position.epoch if record["kind"] == "test" else record["step"] <= global_step)
         ]
         write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+        return kept
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -108,8 +108,7 @@ class _Run:
             torch.cuda.reset_peak_memory_stats(parts.setting.device)
         self.writer, self.hours_before = None, None  # of the first process, which alone writes the folder
         if self.mesh.first:
-            folder.rewind(self.position, self.global_step)
-            records = folder.records()
+            records = folder.rewind(self.position, self.global_step)
             self.hours_before = records[-1].get("hours") if records else 0.0  # None: begun before hours were on record
             self.writer = SummaryWriter(str(folder.tensorboard), purge_step=self.global_step + 1)
 

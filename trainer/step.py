@@ -154,7 +154,7 @@ class Step:
         tally.add(*self._gradients(learner, views, draws, share * weight), weight)
         if update:
             parameters = (p for group in learner.optimizer.param_groups for p in group["params"])
-            self.over.average_([p.grad for p in parameters if p.grad is not None])
+            self.over.average_(p.grad for p in parameters if p.grad is not None)
             for group in learner.optimizer.param_groups:
                 group["lr"] = lr
             learner.scaler.step(learner.optimizer)

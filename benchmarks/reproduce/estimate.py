@@ -25,7 +25,6 @@ from cutnmix.trainer.overview import stepping
 
 CIFAR = {"cifar10": 10, "cifar100": 100}  # classes; sizes by heart, so that a plan needs no data set
 CIFAR_TEST = 10_000
-PREDICT_ONLY = {"cs_kd": 1, "pcl": 1}  # passes an image and network without gradients, beside the trained ones
 WARMUP, STEPS, SECONDS = 1, 3, 10.0  # a measurement: steps not counted, then STEPS or as many as fit into SECONDS
 
 
@@ -90,7 +89,7 @@ def work(config: Config) -> Work:
     data = sizes(config)
     macs, parameters = _peers_cost(config, data)
     views = 2 if config.needs.second == "image" else 1  # of an image and peer, trained on
-    predicted = PREDICT_ONLY.get(config.method["name"], 0) + bool(config.method.get("teacher"))
+    predicted = config.needs.predicts + bool(config.method.get("teacher"))
     seen = data.train * config.epochs
     evaluations = -(-config.epochs // config.eval_every)  # the last epoch is always evaluated
     return Work(

@@ -149,14 +149,9 @@ def _tables(results: Results, notes: list[Note]) -> str:
         "allow one. "
         "The highest of each network is bold. Click a heading to sort.</p>"
     )
-    for data in dict.fromkeys(data for data, _ in results.places):
-        networks = [network for place, network in results.places if place == data]
-        if len(networks) > 1:
-            text += _table(sheets.overview(results, data, notes), stamp)
-        for network in networks:
-            text += _table(sheets.comparison(results, data, network, notes), stamp)
-            more = sheets.readings(results, data, network)
-            text += f"<details><summary>All readings</summary>{_table(more, stamp)}</details>"
+    for sheet, detail in sheets.accuracies(results, notes):
+        table = _table(sheet, stamp)
+        text += f"<details><summary>All readings</summary>{table}</details>" if detail else table
     return text
 
 

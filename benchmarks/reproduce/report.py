@@ -162,13 +162,8 @@ def _markdown(results: Results, found: list[Finding], facts: list[tuple[str, str
         lines = [_sentence(finding) for finding in found if finding.about == about]
         parts += [f"## {title}", "\n".join(lines)] if lines else []
     parts += [f"![{title}]({name})" for title, name in pictures.items()]
-    for data in dict.fromkeys(data for data, _ in results.places):
-        networks = [network for place, network in results.places if place == data]
-        if len(networks) > 1:
-            parts += _sheet(sheets.overview(results, data, notes), stamp)
-        for network in networks:
-            parts += _sheet(sheets.comparison(results, data, network, notes), stamp)
-            parts += _sheet(sheets.readings(results, data, network), stamp)
+    for sheet, _ in sheets.accuracies(results, notes):
+        parts += _sheet(sheet, stamp)
     parts += _sheet(sheets.ranking(results, notes), stamp) + _sheet(sheets.costs(results), stamp)
     if results.paper:
         parts += ["## Notes on the paper's figures", f"{results.paper.source}. {results.paper.seeds}"]

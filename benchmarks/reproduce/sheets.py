@@ -1,5 +1,6 @@
 """The tables of a report, as text with what to sort by; page.py and report.py give them their form."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from cutnmix.benchmarks.reproduce.paper import DATA, Note, Value, contradictions, signed
@@ -93,6 +94,17 @@ def progress(cell: Outcome) -> str:
     if begun:
         text += f", {len(begun)} at epoch " + ", ".join(f"{run.curve[-1][0]:g}" for run in begun)
     return text
+
+
+def accuracies(results: Results, notes: list[Note]) -> Iterator[tuple[Sheet, bool]]:
+    """The tables of accuracies, a data set after the other, and whether each is but a detail of the one before."""
+    for data in dict.fromkeys(data for data, _ in results.places):
+        networks = [network for place, network in results.places if place == data]
+        if len(networks) > 1:
+            yield overview(results, data, notes), False
+        for network in networks:
+            yield comparison(results, data, network, notes), False
+            yield readings(results, data, network), True
 
 
 def overview(results: Results, data: str, notes: list[Note]) -> Sheet:

@@ -36,6 +36,7 @@ class CSKD(nn.Module):
         "Yun et al., CVPR 2020",
         second="class",
         refuses={"mixup": MIXED, "cutmix": MIXED, "cutnmix": MIXED},
+        predicts=1,
     )
 
     def __init__(self, task: Task, *, temperature: float = 4.0, weight: float = 1.0) -> None:

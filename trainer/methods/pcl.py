@@ -44,6 +44,7 @@ class PCL(nn.Module):
         "Wu and Gong, AAAI 2021",
         min_peers=2,
         whole={"peer": "its ensemble and mean teachers are made of all peers"},
+        predicts=1,
     )
     step: Tensor
 
