@@ -8,7 +8,9 @@ where it pretends:
   that comes after (decompositions, partition, lowering) works on its copy on fake CUDA tensors. That the CPU's autocast
   makes the forward that CUDA's makes, op for op and dtype for dtype, is held by a test in test_cuda_step.py.
 - What Inductor runs or times on the GPU itself is left out: patterns of attention, which nobody uses here, the padding
-  of matrices (the head's, of K columns) and the folding of constants. The real thing has no more kernels for it.
+  of matrices (the head's, of K columns) and the folding of constants. The real thing has no more kernels for it. The
+  patterns are left out by never registering them, but a CPU compilation earlier in the process has done so: padding is
+  turned off besides.
 - Without a driver torch believes that there is no cuDNN, and so no convolution in channels_last: `pretended` answers by
   cuDNN's rule (channels_last if the input or the weight is).
 """
@@ -213,7 +215,7 @@ def lower_joint(joint: Joint, arch: int = 90, **config: Any) -> Training:
         with fake:
             inputs = pytree.tree_map(on_cuda, joint.inputs)
             whole = make_fx(both, decomposition_table=select_decomp_table(), tracing_mode="real")(*inputs)
-        with settings.patch(joint_graph_constant_folding=False):
+        with settings.patch(joint_graph_constant_folding=False, shape_padding=False):
             parts = partition_fn(whole, inputs, **joint.cut)
         sources = []
         for part, is_backward in zip(parts, (False, True), strict=True):

@@ -121,9 +121,10 @@ def test_peers(bench):
 
 @pytest.mark.slow
 def test_memory(bench):
-    record = bench("memory", "--views=1,2", "--network=resnet20", "--batch=16")
+    """At this size a peer's feature maps outweigh, tens of times, what an allocator's mood adds or spares."""
+    record = bench("memory", "--views=1,3", "--network=resnet20", "--batch=64")
     peak = rows_of(record, "Peak memory")["cutnmix"]
-    assert 0 < peak["1"] < peak["2"]
+    assert 0 < 1.5 * peak["1"] < peak["3"]
 
 
 def test_methods(bench):

@@ -244,6 +244,16 @@ def small() -> nn.Module:
 
 @lowers
 @pytest.mark.slow
+def test_lowering_times_nothing_on_a_gpu_whatever_was_compiled_before():
+    """Compiling on the CPU registers the patterns that pad matrices, which time themselves where they match."""
+    head = nn.Linear(64, 100)
+    torch.compile(lambda x: head(x).sum())(torch.rand(4, 64)).backward()
+    made = lower_joint(network_graph(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 100))), 80)
+    assert library_calls(made.forward) == ["addmm"] and "mm" in library_calls(made.backward)
+
+
+@lowers
+@pytest.mark.slow
 def test_the_count_of_layout_changes_would_see_one():
     """NCHW networks, where Inductor is made to optimise layouts: it copies before and after convolutions."""
     graph = network_graph(small(), torch.contiguous_format, batch=32)
