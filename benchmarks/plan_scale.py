@@ -181,8 +181,12 @@ def one_peer(
     return {images: stepping(images) for images in sorted(batches)}, peers
 
 
+_CHECKS = {"peers", "devices", "network", "batch", "method", "threads", "rounds", "json_file", "check"}
+
+
 @app.command()
 def plan_scale(
+    context: typer.Context,
     peers: Annotated[int, typer.Option(min=1, help="J; with --check the largest")] = 8,
     devices: Annotated[int, typer.Option(min=1, help="N; with --check processes on this machine")] = 2,
     network: Annotated[str, typer.Option(help="of all peers, as in cutnmix models")] = "resnet32",
@@ -206,7 +210,9 @@ def plan_scale(
     ] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="of which the median is taken")] = 5,
     seconds: Annotated[float, typer.Option(min=0, help="that each figure of a round takes")] = 1.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the plan to this file too")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="write the plan to this file too; of a check, its plot beside it")
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="run J = 1, 2, 4, ... on 1 and N processes here, and compare")
     ] = False,
@@ -215,13 +221,16 @@ def plan_scale(
     if method not in scale.METHODS:
         raise ConfigError(f"--method: {method!r} is not planned for; choose one of {', '.join(scale.METHODS)}")
     if check:
-        given = {"--link-gbps": link_gbps, "--latency-us": latency_us, "--measured": measured, "--save": save}
-        if unused := [option for option, value in given.items() if value]:
-            raise ConfigError(f"--check: leave out {unused[0]}, steps and links are measured here")
+        sources = {name: context.get_parameter_source(name) for name in context.params if name not in _CHECKS}
+        if unused := [name for name, source in sources.items() if source and source.name != "DEFAULT"]:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+            raise ConfigError(
+                f"--check: leave out {options}: it measures here, on handwritten digits and CPU processes"
+            )
         from cutnmix.benchmarks import scale_check  # it needs torch.distributed
 
         scale_check.run(
-            most=peers, devices=devices, network=network, batch=batch, method=method, threads=threads or None,
+            peers=peers, devices=devices, network=network, batch=batch, method=method, threads=threads or None,
             rounds=rounds, json_file=json_file, console=console,
         )  # fmt: skip
         return

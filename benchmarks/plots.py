@@ -32,8 +32,7 @@ def draw_record(record: Record, path: Path) -> None:
     heights = [PANEL if _points(sheet) else BAR * len(_bars(sheet)) for sheet in sheets]
     figure = Figure((10, sum(heights) + MARGIN * len(sheets) + 0.75), dpi=100)
     inch = 1 / figure.get_figheight()
-    title = f"cutnmix bench {record['benchmark']}"
-    figure.text(0.02, 1 - 0.25 * inch, title, fontsize=15, weight="bold", va="center", parse_math=False)
+    figure.text(0.02, 1 - 0.25 * inch, record["command"], fontsize=15, weight="bold", va="center", parse_math=False)
     figure.text(0.02, 1 - 0.52 * inch, f"{record['hardware']}; {record['versions']}", fontsize=8, va="center")
     top = 1 - 0.75 * inch
     for sheet, height in zip(sheets, heights, strict=True):

@@ -1,6 +1,6 @@
 """What a benchmark leaves: a record of sheets, as a table on the terminal, as JSON and as a plot.
 
-    {"benchmark": NAME, **header, "settings": {...}, "notes": [...],
+    {"benchmark": NAME, "command": WORDS, **header, "settings": {...}, "notes": [...],
      "sheets": [{"title", "unit", "axis", "rows": {row: {column: cell}}}, ...]}
 
 A cell is [median, lowest, highest, n], a number that does not vary, or null: what it needs is not installed.
@@ -45,10 +45,12 @@ def make_record(
     settings: dict[str, Any],
     notes: list[str] | None = None,
     device: torch.device = CPU,
+    command: str | None = None,
 ) -> Record:
-    """A record of here and now."""
+    """A record of here and now. `command` makes one, `cutnmix bench BENCHMARK` if not told otherwise."""
     return {
         "benchmark": benchmark,
+        "command": command or f"cutnmix bench {benchmark}",
         **header(device),
         "settings": settings,
         "notes": notes or [],

@@ -4,7 +4,7 @@
 
 What a prediction starts from is measured before and after the steps that it predicts, because other work on the machine
 slows all of them: one peer on one process alone, one on each of all N at once, all-reduces of two sizes between them.
-The steps are the trainer's, of J peers on each mesh, loader and update included.
+The steps are the trainer's, of J peers on each mesh, loader and update included. What they exchange is counted too.
 """
 
 import json
@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cutnmix.benchmarks import records, scale
+from cutnmix.benchmarks import plots, records, scale
 from cutnmix.benchmarks.measure import Spread
 from cutnmix.benchmarks.plan_scale import name, one_peer
 from cutnmix.benchmarks.records import Record, Row, Sheet, make_record
@@ -44,9 +45,10 @@ STEPS, REDUCES = 4, 20  # of one peer, and of all-reduces, a turn
 PEER_STEPS = 8  # a turn: 8 / J steps of J peers
 ALONE = scale.Mesh(1, 1)
 NOTES = [
-    "Steps of the trainer on handwritten digits by gloo on this machine, the resident loader and the update included. "
+    "Steps of the trainer on handwritten digits by gloo on this machine, the resident loader and the update included.",
     "Predicted from one peer on one process (alone for 1 x 1, on all processes at once for the others) and from "
-    "all-reduces of 4 KiB and 4 MiB, measured before and after."
+    "all-reduces of 4 KiB and 4 MiB, measured before and after.",
+    "Counted is what a process gives to the all-reduces of a step, but for 8 bytes by which all agree whether to stop.",
 ]
 Figures = dict[str, float]  # seconds: "one 32", "all 32", "sum 1024": who does how much
 
@@ -58,6 +60,21 @@ class Case(NamedTuple):
     J: int
 
 
+class Sent(TorchDispatchMode):
+    """Counts the all-reduces of tensors within, and adds up their bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Each call goes on as it is."""
+        if func.overloadpacket is torch.ops._c10d_functional.all_reduce:
+            self.count += 1
+            self.bytes += args[0].numel() * args[0].element_size()
+        return func(*args, **(kwargs or {}))
+
+
 class Turn(NamedTuple):
     """A step of a case, and what a prediction of it starts from."""
 
@@ -67,7 +84,7 @@ class Turn(NamedTuple):
 
 def run(
     *,
-    most: int,
+    peers: int,
     devices: int,
     network: str,
     batch: int,
@@ -88,7 +105,7 @@ def run(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     settings = {
-        "most": most, "network": network, "batch": batch, "method": method,
+        "peers": peers, "devices": devices, "network": network, "batch": batch, "method": method,
         "threads": threads or max(1, cores // devices), "rounds": rounds,
     }  # fmt: skip
     console.print(f"training on 1 and {devices} processes, {settings['threads']} threads each ...")
@@ -105,6 +122,7 @@ def run(
     records.show(record, console)
     if json_file:
         records.write_json(json_file, record)
+        plots.draw_record(record, json_file.with_suffix(".png"))
     return record
 
 
@@ -118,8 +136,8 @@ def cases(devices: int, most: int, batch: int) -> list[Case]:
 def work(settings: dict[str, Any]) -> Record | None:
     """What each process does; the first one has the record."""
     torch.set_num_threads(settings["threads"])
-    devices, network, batch = int(os.environ["WORLD_SIZE"]), settings["network"], settings["batch"]
-    wanted = cases(devices, settings["most"], batch)
+    devices, network, batch = settings["devices"], settings["network"], settings["batch"]
+    wanted = cases(devices, settings["peers"], batch)
     with joined(_config(settings, Case(scale.Mesh(devices, 1), 1))) as whole, ExitStack() as stack:
         over = {mesh: _mesh(mesh, whole) for mesh in {case.mesh: None for case in wanted}}
         steps: dict[Case, Callable[[], None]] = {
@@ -152,7 +170,15 @@ def work(settings: dict[str, Any]) -> Record | None:
         figures = {case: timed(steps.get(case), max(1, PEER_STEPS // case.J)) for case in wanted}
         _turns(figures, basis, 1)  # what is made at first use
         seen = _turns(figures, basis, settings["rounds"])
-    return _record(settings, devices, seen) if whole.first else None
+        sent = {case: _counted(step) for case, step in steps.items()}
+    return _record(settings, seen, sent) if whole.first else None
+
+
+def _counted(step: Callable[[], None]) -> Sent:
+    """What this process exchanges in a step."""
+    with Sent() as sent:
+        step()
+    return sent
 
 
 def _turns(
@@ -171,10 +197,10 @@ def _turns(
     return seen
 
 
-def _record(settings: dict[str, Any], devices: int, seen: dict[Case, list[Turn]]) -> Record:
-    """Milliseconds measured and predicted, and the ratio of the two turn by turn."""
-    net, batch = cost(settings["network"], CLASSES, SIZE), settings["batch"]
-    tables: dict[str, dict[str, Row]] = {"measured": {}, "predicted": {}, "ratio": {}}
+def _record(settings: dict[str, Any], seen: dict[Case, list[Turn]], sent: dict[Case, Sent]) -> Record:
+    """Milliseconds measured and predicted, the ratio of the two turn by turn, and what was exchanged."""
+    net, batch, devices = cost(settings["network"], CLASSES, SIZE), settings["batch"], settings["devices"]
+    tables: dict[str, dict[str, Row]] = {"measured": {}, "predicted": {}, "ratio": {}, "count": {}, "bytes": {}}
     for case, turns in seen.items():
         method = settings["method"] if case.J > 1 else "baseline"
         job = scale.Job(method, case.J, batch, CLASSES, net.feature_dim, net.parameters)
@@ -184,19 +210,23 @@ def _record(settings: dict[str, Any], devices: int, seen: dict[Case, list[Turn]]
         tables["measured"].setdefault(row, {})[column] = Spread.of([1e3 * value for value in measured])
         tables["predicted"].setdefault(row, {})[column] = Spread.of([1e3 * value for value in predicted])
         tables["ratio"].setdefault(row, {})[column] = Spread.of_ratios(predicted, measured)
+        if case.mesh != ALONE:
+            tables["count"].setdefault(row, {})[column] = sent[case].count
+            tables["bytes"].setdefault(row, {})[column] = sent[case].bytes
     title = f"{settings['network']}, batch {batch}, {settings['method']}, data x peer processes"
     links = [link_of(turn.basis, devices) for turns in seen.values() for turn in turns]
-    speeds: dict[str, Row] = {
-        "latency, us": {"": Spread.of([1e6 * each.latency_s for each in links])},
-        "bandwidth, Gbit/s": {"": Spread.of([8e-9 * each.bytes_per_s for each in links])},
-    }
+    speeds = (("us", [1e6 * each.latency_s for each in links]), ("Gbit/s", [8e-9 * each.bytes_per_s for each in links]))
+    latency, bandwidth = ({f"{devices} processes": {unit: Spread.of(values)}} for unit, values in speeds)
     sheets = [
         Sheet(f"A training step, measured, {title}", "ms", "J", tables["measured"]),
         Sheet("The same, predicted", "ms", "J", tables["predicted"]),
         Sheet("Predicted / measured", "ratio", "J", tables["ratio"]),
-        Sheet(f"The link of {devices} processes", "see the rows", "", speeds),
+        Sheet("All-reduces of a step, counted", "calls", "J", tables["count"]),
+        Sheet("What they take from each process, counted", "bytes", "J", tables["bytes"]),
+        Sheet("The link: latency", "us", "", latency),
+        Sheet("The link: bandwidth", "Gbit/s", "", bandwidth),
     ]
-    return make_record("plan-scale", sheets, settings, NOTES)
+    return make_record("plan-scale", sheets, settings, NOTES, command="cutnmix plan-scale --check")
 
 
 def predict(job: scale.Job, mesh: scale.Mesh, basis: Figures, devices: int) -> float:

@@ -13,7 +13,7 @@ MARKED = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 def render(record: Record) -> str:
     """A record as Markdown: its plot, a table a sheet, what it was taken on. Ends in a newline."""
     name = record["benchmark"]
-    parts = [f"![cutnmix bench {name}](benchmarks/results/{name}.png)"]
+    parts = [f"![{record['command']}](benchmarks/results/{name}.png)"]
     for sheet in sheets_of(record):
         lines = [f"**{sheet.title}**: {sheet.unit}", ""]
         lines += [_line(["", *heads(sheet)]), _line(["---"] * (1 + len(sheet.columns)))]
@@ -25,7 +25,7 @@ def render(record: Record) -> str:
     parts += record["notes"]
     settings = ", ".join(f"{key} {value}" for key, value in record["settings"].items())
     parts.append(
-        f"`cutnmix bench {name}` ({settings}) on {record['hardware']}; {record['versions']}; "
+        f"`{record['command']}` ({settings}) on {record['hardware']}; {record['versions']}; "
         f"commit {record['commit']}, {record['date']}."
     )
     return "\n\n".join(parts) + "\n"
@@ -38,7 +38,7 @@ def fill(readme: str, records: dict[str, Record]) -> str:
         ValueError: for markers of a benchmark that has no record.
     """
     if missing := [name for _, name, _ in MARKED.findall(readme) if name not in records]:
-        raise ValueError(f"no record of {', '.join(missing)}: run cutnmix bench {missing[0]} first")
+        raise ValueError(f"no record of {', '.join(missing)}: measure first")
     return MARKED.sub(lambda found: f"{found[1]}{render(records[found[2]])}{found[3]}", readme)
 
 

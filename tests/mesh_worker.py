@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
 
+from cutnmix.benchmarks.scale_check import Sent
 from cutnmix.models import NETWORKS
 from cutnmix.trainer import checkpoint
 from cutnmix.trainer.build import Parts, build
@@ -97,17 +98,6 @@ def exchanged(parts: Parts) -> dict:
     with CommDebugMode() as comms, Sent() as sent:
         parts.step.forward(parts.learner, views, plan.step(0))
     return {"count": comms.get_total_counts(), "bytes": sent.bytes}
-
-
-class Sent(torch.utils._python_dispatch.TorchDispatchMode):
-    """Adds up the bytes of all-reduces."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket is torch.ops._c10d_functional.all_reduce:
-            self.bytes += args[0].numel() * args[0].element_size()
-        return func(*args, **(kwargs or {}))
 
 
 SAVED = "cutnmix, nothing detached"

@@ -51,7 +51,7 @@ def bench(tmp_path):
 
 
 def check_record(record: dict) -> None:
-    strings = {"benchmark", "date", "commit", "device", "hardware", "threads", "versions"}
+    strings = {"benchmark", "command", "date", "commit", "device", "hardware", "threads", "versions"}
     assert record.keys() == strings | {"settings", "notes", "sheets"}
     assert all(isinstance(record[key], str) and record[key] for key in strings)
     assert f"torch {torch.__version__.partition('+')[0]}" in record["versions"]

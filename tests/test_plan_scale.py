@@ -403,7 +403,7 @@ def test_a_batch_size_that_was_not_measured_is_told(command, saved):
         (["--link-gbps=1,2,3"], "got '1,2,3'"),
         (["--latency-us=-1"], "--latency-us: needed for more devices than one: a number >= 0"),
         (["--network=resnet33"], "resnet33"),
-        (["--check"], "--check: leave out --link-gbps, steps and links are measured here"),
+        (["--check"], "--check: leave out --classes, --link-gbps, --latency-us, --measured: it measures here"),
         (["--save=new.json"], "--save: nothing is measured"),
         (["--classes=5"], "classes 4, not 5: give --classes"),
         (["--image-size=16"], "image_size (32, 32), not (16, 16): give --image-size"),
@@ -466,7 +466,11 @@ def test_a_prediction_starts_from_the_figures_around_it():
     seen = check._turns(
         {case: lambda: 10.0 for case in cases}, {key: lambda key=key: figure(key) for key in figures}, 2
     )
-    record = check._record({"network": "resnet20", "batch": 8, "method": "cutnmix"}, 2, seen)
+    record = check._record(
+        {"network": "resnet20", "batch": 8, "method": "cutnmix", "devices": 2},
+        seen,
+        {case: check.Sent() for case in cases},
+    )
     ratio = record["sheets"][2]["rows"]
     alone, parts = 2 * 2.0, 4.0 + 4 * 0.2 + (4 * 8 * 11 + 8 * 65 + 4 * 8 * 10 + 8) / 1e6
     images = 3.0 + 2 * 0.2 + (4 * scale_parameters("resnet20") + 8) / 1e6
@@ -490,6 +494,13 @@ def test_the_check_trains_on_real_processes(tmp_path, capsys):
         "1 x 1": ["1", "2"], "2 x 1": ["1", "2"], "1 x 2": ["2"]
     }  # fmt: skip
     assert all(0 < cell[0] < math.inf for cells in rows.values() for cell in cells.values())
+    count, taken = (sheet["rows"] for sheet in record["sheets"][3:5])
+    for row, J in (("2 x 1", 1), ("2 x 1", 2), ("1 x 2", 2)):
+        job = scale.Job("cutnmix" if J > 1 else "baseline", J, 4, 10, 64, scale_parameters("resnet20"))
+        sizes = [
+            each.bytes for each in scale.exchanges(job, scale.Mesh(int(row[0]), int(row[-1]))) if each.axis != "all"
+        ]
+        assert (count[row][str(J)], taken[row][str(J)]) == (len(sizes), sum(sizes))
     assert "Predicted / measured" in capsys.readouterr().out
 
 
