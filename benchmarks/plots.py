@@ -84,7 +84,7 @@ def _draw_lines(axes: Axes, sheet: Sheet, styles: dict[str, Style]) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
     elif sheet.unit != "ratio":
         axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.9g}"))
     _label_ends(axes, ends, styles)
 
 
