@@ -215,16 +215,17 @@ def _record(settings: dict[str, Any], seen: dict[Case, list[Turn]], sent: dict[C
             tables["bytes"].setdefault(row, {})[column] = sent[case].bytes
     title = f"{settings['network']}, batch {batch}, {settings['method']}, data x peer processes"
     links = [link_of(turn.basis, devices) for turns in seen.values() for turn in turns]
-    speeds = (("us", [1e6 * each.latency_s for each in links]), ("Gbit/s", [8e-9 * each.bytes_per_s for each in links]))
-    latency, bandwidth = ({f"{devices} processes": {unit: Spread.of(values)}} for unit, values in speeds)
+    latency: Row = {"us": Spread.of([1e6 * each.latency_s for each in links])}
+    bandwidth: Row = {"Gbit/s": Spread.of([8e-9 * each.bytes_per_s for each in links])}
+    processes = f"{devices} processes"
     sheets = [
         Sheet(f"A training step, measured, {title}", "ms", "J", tables["measured"]),
         Sheet("The same, predicted", "ms", "J", tables["predicted"]),
         Sheet("Predicted / measured", "ratio", "J", tables["ratio"]),
         Sheet("All-reduces of a step, counted", "calls", "J", tables["count"]),
         Sheet("What they take from each process, counted", "bytes", "J", tables["bytes"]),
-        Sheet("The link: latency", "us", "", latency),
-        Sheet("The link: bandwidth", "Gbit/s", "", bandwidth),
+        Sheet("The link: latency", "us", "", {processes: latency}),
+        Sheet("The link: bandwidth", "Gbit/s", "", {processes: bandwidth}),
     ]
     return make_record("plan-scale", sheets, settings, NOTES, command="cutnmix plan-scale --check")
 

@@ -174,7 +174,8 @@ def _markdown(results: Results, found: list[Finding], facts: list[tuple[str, str
 
 def _sentence(finding: Finding) -> str:
     quote = f'"{finding.quote}": ' if finding.quote else ""
-    return f"- {quote}**{finding.verdict}**. {finding.text}"
+    verdict = f"**{finding.verdict}**. " if finding.verdict else ""  # without figures of the paper there is none
+    return f"- {quote}{verdict}{finding.text}"
 
 
 def _sheet(sheet: Sheet, stamp: str) -> list[str]:
