@@ -181,7 +181,7 @@ def one_peer(
     return {images: stepping(images) for images in sorted(batches)}, peers
 
 
-_CHECKS = {"peers", "devices", "network", "batch", "method", "threads", "rounds", "json_file", "check"}
+_CHECK_TAKES = {"peers", "devices", "network", "batch", "method", "threads", "rounds", "json_file", "check"}
 
 
 @app.command()
@@ -221,7 +221,8 @@ def plan_scale(
     if method not in scale.METHODS:
         raise ConfigError(f"--method: {method!r} is not planned for; choose one of {', '.join(scale.METHODS)}")
     if check:
-        sources = {name: context.get_parameter_source(name) for name in context.params if name not in _CHECKS}
+        sources = {name: context.get_parameter_source(name) for name in context.params if name not in _CHECK_TAKES}
+        # By name: typer has a ParameterSource of its own, in a private module.
         if unused := [name for name, source in sources.items() if source and source.name != "DEFAULT"]:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
             raise ConfigError(

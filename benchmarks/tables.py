@@ -38,7 +38,7 @@ def fill(readme: str, records: dict[str, Record]) -> str:
         ValueError: for markers of a benchmark that has no record.
     """
     if missing := [name for _, name, _ in MARKED.findall(readme) if name not in records]:
-        raise ValueError(f"no record of {', '.join(missing)}: measure first")
+        raise ValueError(f"no record of {', '.join(missing)}: run its benchmark first")
     return MARKED.sub(lambda found: f"{found[1]}{render(records[found[2]])}{found[3]}", readme)
 
 
