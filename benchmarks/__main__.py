@@ -215,11 +215,14 @@ def write_tables(
     readme: Annotated[Path | None, typer.Option(help="the file with the markers: this checkout's")] = None,
     out: Out = None,
 ) -> None:
-    """Make the README's tables from the records: what stands between <!-- bench:NAME --> and <!-- /bench -->."""
+    """Make the README's tables from the records: what stands between <!-- bench:NAME --> and <!-- /bench -->.
+
+    So between <!-- runs:NAME --> and <!-- /runs -->, from NAME/runs.csv, the report.csv of a cutnmix reproduce.
+    """
     readme = readme or (checkout() or Path()) / "README.md"
     old = readme.read_text()
     try:
-        new = tables.fill(old, records.read_records(_folder(out)))
+        new = tables.fill(old, records.read_records(_folder(out)), tables.read_runs(_folder(out)))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if old == new:

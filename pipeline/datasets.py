@@ -13,7 +13,7 @@ from http.client import HTTPException
 from itertools import compress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -25,6 +25,7 @@ from torchvision.datasets.utils import calculate_md5, download_url
 from cutnmix.pipeline.shards import DataError, Members, find_shards, read_members
 
 SUFFIXES = (".jpg", ".jpeg", ".png")  # of `folder`, in any case
+TestImages = Literal["test", "unused"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -222,6 +223,7 @@ def load_splits(
     download: bool = True,
     train: str | None = None,
     val: str | None = None,
+    test: TestImages = "test",
 ) -> Splits:
     """The data set of this name, or the part of it that the keys of the same names under `data` select.
 
@@ -233,6 +235,8 @@ def load_splits(
         download: whether CIFAR files that are missing may be fetched; an archive that lies in root is unpacked anyway.
         train: `webdataset`: the pattern of the training shards.
         val: `webdataset`: the pattern of the test shards.
+        test: what the second half is; "unused": the training images that `images_per_class` leaves out, on which what
+            was trained on the others can be tested too.
 
     Raises: DataError for data or keys that are wrong.
     """
@@ -244,7 +248,14 @@ def load_splits(
     splits = webdataset(root, download, train, val) if name == "webdataset" else DATASETS[name](root, download)
     if classes is not None or images_per_class is not None:
         chosen = _choose(splits.train.classes, classes)
-        splits = Splits(_subset(splits.train, chosen, images_per_class), _subset(splits.test, chosen, None))
+        every = _subset(splits.train, chosen)
+        first_N = _first(every, images_per_class)
+        rest = every.keep(~first_N) if test == "unused" else _subset(splits.test, chosen)
+        splits = Splits(every.keep(first_N), rest)
+    if test == "unused":
+        if images_per_class is None or not len(splits.test):
+            raise DataError(f"data.images_per_class: {images_per_class} leaves no training image of {name} unused")
+        splits = splits._replace(test=replace(splits.test, name=f"{name}/unused"))
     return splits
 
 
@@ -346,24 +357,30 @@ def _choose(names: tuple[str, ...], classes: int | Sequence[int | str] | None) -
     return chosen
 
 
-def _subset(data: Dataset, chosen: list[int], images_per_class: int | None) -> Dataset:
+def _subset(data: Dataset, chosen: list[int]) -> Dataset:
     """The images of the chosen classes in data set order, relabelled by position in `chosen`."""
     renumber = np.full(len(data.classes), -1)
     renumber[chosen] = np.arange(len(chosen))
     labels = renumber[data.labels]
-    kept = labels >= 0
-    if images_per_class is not None:
-        if images_per_class < 1:
-            raise DataError(f"data.images_per_class: {images_per_class} is not at least 1")
-        for label, index in enumerate(chosen):
-            members = np.flatnonzero(labels == label)
-            if len(members) < images_per_class:
-                raise DataError(
-                    f"data.images_per_class: {images_per_class} asked, "
-                    f"but class {data.classes[index]!r} of {data.name} has {len(members)}"
-                )
-            kept[members[images_per_class:]] = False
-    return replace(replace(data, labels=labels).keep(kept), classes=tuple(data.classes[index] for index in chosen))
+    classes = tuple(data.classes[index] for index in chosen)
+    return replace(replace(data, labels=labels).keep(labels >= 0), classes=classes)
+
+
+def _first(data: Dataset, images_per_class: int | None) -> np.ndarray:
+    """(N,) bool: the first so many images of each class; None takes all."""
+    if images_per_class is None:
+        return np.full(len(data), True)
+    if images_per_class < 1:
+        raise DataError(f"data.images_per_class: {images_per_class} is not at least 1")
+    first_N = np.full(len(data), False)
+    for label, name in enumerate(data.classes):
+        members = np.flatnonzero(data.labels == label)
+        if len(members) < images_per_class:
+            raise DataError(
+                f"data.images_per_class: {images_per_class} asked, but class {name!r} of {data.name} has {len(members)}"
+            )
+        first_N[members[:images_per_class]] = True
+    return first_N
 
 
 def _kept(images: np.ndarray | Members, kept_N: np.ndarray) -> np.ndarray | Members:

@@ -415,7 +415,7 @@ def test_tables_round_trip(tmp_path):
     assert made.endswith(f"commit {record['commit']}, {record['date']}.\n<!-- /bench -->\n\nThe end | of it.\n")
     assert "| | J = 1 | J = 2 |\n| --- | --- | --- |\n| **cutnmix** | 100 (93..110) | 7 |\n" in made
     assert "| not installed | 0.0123 |" in made
-    assert tables.fill(made, {"sample": record}) == made
+    assert tables.fill(made, {"sample": record}, {}) == made
     readme.write_text(made.replace("100 (93..110)", "90 (93..110)"))
     assert exit_code("--check") == 1
     readme.write_text(made.replace("bench:sample", "bench:other"))
@@ -424,4 +424,29 @@ def test_tables_round_trip(tmp_path):
 
 def test_the_readme_is_as_the_records_have_it():
     readme = (ROOT / "README.md").read_text()
-    assert tables.fill(readme, read_records(ROOT / "benchmarks" / "results")) == readme
+    results = ROOT / "benchmarks" / "results"
+    assert tables.fill(readme, read_records(results), tables.read_runs(results)) == readme
+
+
+def test_accuracies_are_means_over_the_finished_runs_of_each_method(tmp_path):
+    reading = "last_epoch_{}_top1".format
+    heads = ["grid", "stamp", "method", "state", reading("mean"), reading("ensemble"), reading("teacher")]
+    runs = [
+        ["s1", "SCALE 1: short", "baseline", "done", 77.5, 77.5, ""],
+        ["s1", "SCALE 1: short", "cutnmix", "done", 78, 80, 81],
+        ["s1", "SCALE 1: short", "cutmix", "begun", "", "", ""],
+        ["s1", "SCALE 1: short", "cutnmix", "done", 80, 81, 81],
+        ["s1", "SCALE 1: short", "cutnmix", "to do", "", "", ""],
+    ]
+    (tmp_path / "short").mkdir()
+    lines = [",".join(map(str, line)) for line in [heads, *[[f'"{cell}"' for cell in run] for run in runs]]]
+    (tmp_path / "short" / "runs.csv").write_text("\n".join(lines) + "\n")
+    readme = tables.fill("<!-- runs:short -->\nold\n<!-- /runs -->\n", {}, tables.read_runs(tmp_path))
+    assert readme.splitlines()[1:-1] == [
+        "| SCALE 1: short | n | mean of the peers | their ensemble | peer teacher |",
+        "| --- | --- | --- | --- | --- |",
+        "| Baseline | 1 | 77.50 | | |",
+        "| CutnMix + MMD + PT | 2 | 79.00 \u00b1 1.41 | 80.50 \u00b1 0.71 | 81.00 \u00b1 0.00 |",
+    ]
+    with pytest.raises(ValueError, match="no record of long"):
+        tables.fill("<!-- runs:long -->\n<!-- /runs -->\n", {}, tables.read_runs(tmp_path))

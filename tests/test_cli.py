@@ -166,6 +166,37 @@ def test_evaluate_best_gives_the_score_of_the_best_epoch(trained, command):
     assert rows(printed)["mean"][2] == f"{best['scores']['mean']['nll']:.3f}"
 
 
+def test_compare_puts_runs_beside_the_first(trained, command, tmp_path):
+    folder, _ = trained
+    code, printed, _ = command("compare", folder.path, folder.path, "--on", "unused", "--csv", tmp_path / "rows.csv")
+    assert code == 0
+    assert printed.startswith("1,362 training images that no run has used")
+    assert len(re.findall(r"│ run +│ (?:mean|ensemble|teacher) +│ \d+\.\d\d ± \d\.\d\d │", printed)) == 3
+    assert (tmp_path / "rows.csv").read_text().count("\n") == 4
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "compare"])
+def test_images_that_are_not_there_are_refused(verb, trained, command, tmp_path):
+    folder, _ = trained
+    code, _, error = command(verb, folder.path, "--on", "train")
+    assert (code, error) == (2, "error: --on: 'train' is none of test, unused\n")
+    whole = RunFolder(tmp_path / "whole")
+    whole.begin(load_config("quickstart"))
+    whole.last.write_bytes(folder.last.read_bytes())
+    code, _, error = command(verb, whole.path, "--on", "unused")
+    assert (code, error) == (2, "error: data.images_per_class: None leaves no training image of digits unused\n")
+
+
+def test_a_checkpoint_of_other_networks_is_one_line(trained, command, tmp_path):
+    folder, _ = trained
+    other = RunFolder(tmp_path / "other")
+    other.begin(load_config("quickstart", ["peers.network=resnet32"]))
+    other.last.write_bytes(folder.last.read_bytes())
+    code, _, error = command("evaluate", other.path)
+    assert code == 2 and error.count("\n") == 1 and len(error) < 500 + len(str(other.last))
+    assert error.startswith(f"error: {other.last} does not fit what this version of cutnmix makes of the run's keys: ")
+
+
 def test_report_shows_the_last_evaluation_and_draws_the_curves(trained, command):
     folder, printed = trained
     folder.curves.unlink()

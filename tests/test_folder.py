@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cutnmix.trainer.checkpoint import Position
 from cutnmix.trainer.config import Config, ConfigError, load_config
-from cutnmix.trainer.folder import RunError, RunFolder, write_atomically
+from cutnmix.trainer.folder import Position, RunError, RunFolder, write_atomically
 
 HOLD = """
 import sys, time

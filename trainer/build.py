@@ -7,7 +7,7 @@ import torch
 
 from cutnmix.models.cost import blueprint, branches_cost, check_image_size
 from cutnmix.models.peers import Peers, seeded
-from cutnmix.pipeline.datasets import Dataset, Splits, load_splits
+from cutnmix.pipeline.datasets import Dataset, Splits, TestImages, load_splits
 from cutnmix.pipeline.distort import view_size
 from cutnmix.pipeline.loader import Loader, default_threads, make_loader
 from cutnmix.pipeline.mix import MixBatch
@@ -90,8 +90,10 @@ class Parts:
         self.test_loader.close()
 
 
-def build(config: Config, mesh: Mesh = ONE) -> Parts:
+def build(config: Config, mesh: Mesh = ONE, test: TestImages = "test") -> Parts:
     """Everything that this process has, on the device and checked; nothing is written.
+
+    `test`: what the peers are scored on, see load_splits.
 
     Raises:
         ConfigError, DataError: naming the key or the file.
@@ -106,6 +108,7 @@ def build(config: Config, mesh: Mesh = ONE) -> Parts:
         download=data.download,
         train=data.train,
         val=data.val,
+        test=test,
     )
     if data.corrupt == "skip":
         from cutnmix.pipeline.check import without_corrupt  # here, because platforms without DALI can do without it

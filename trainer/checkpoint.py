@@ -15,26 +15,23 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from cutnmix.models.peers import Peers
+from cutnmix.trainer.folder import Position, RunError
 from cutnmix.trainer.mesh import ONE, Mesh
 from cutnmix.trainer.step import Learner, Tally
 
 _FACTS = "facts.json"
-
-
-class Position(NamedTuple):
-    """Steps `step` of epoch `epoch` are done; both count from 0."""
-
-    epoch: int
-    step: int
+_REASON = 160  # characters of torch's message
 
 
 def save(path: Path, learner: Learner, position: Position, tally: Tally, best_top1: float, mesh: Mesh = ONE) -> None:
@@ -62,20 +59,32 @@ def save(path: Path, learner: Learner, position: Position, tally: Tally, best_to
 def load(path: Path, device: torch.device) -> dict[str, Any]:
     """What `restore` takes; of a file its state dict, tensors on `device`. A file's code is never unpickled."""
     if path.is_dir():
-        return {"folder": path, **json.loads((path / _FACTS).read_text())}
-    return torch.load(path, map_location=device, weights_only=True)
+        return {"path": path, "folder": path, **json.loads((path / _FACTS).read_text())}
+    return {"path": path, **torch.load(path, map_location=device, weights_only=True)}
 
 
 def load_peers(path: Path, peers: Peers) -> None:
-    """The weights of a checkpoint's peers, of those that live here."""
-    if path.is_dir():
-        _read(path, {f"peers.{name}": tensor for name, tensor in peers.state_dict().items()})
-    else:
-        peers.load_state_dict(load(path, torch.device("cpu"))["learner"]["peers"])
+    """The weights of a checkpoint's peers, of those that live here.
+
+    Raises: RunError where it holds others.
+    """
+    with _fitting(path):
+        if path.is_dir():
+            _read(path, {f"peers.{name}": tensor for name, tensor in peers.state_dict().items()})
+        else:
+            peers.load_state_dict(load(path, torch.device("cpu"))["learner"]["peers"])
 
 
 def restore(state: dict[str, Any], learner: Learner, mesh: Mesh = ONE) -> tuple[Position, Tally, float]:
-    """Put a loaded state into the learner and torch's generators; returns where training goes on."""
+    """Put a loaded state into the learner and torch's generators; returns where training goes on.
+
+    Raises: RunError where the learner is not the one that was saved.
+    """
+    with _fitting(state["path"]):
+        return _restore(state, learner, mesh)
+
+
+def _restore(state: dict[str, Any], learner: Learner, mesh: Mesh) -> tuple[Position, Tally, float]:
     position, best_top1 = Position(*state["position"]), state["best_top1"]
     if "folder" not in state and mesh.size == 1:
         learner.load_state_dict(state["learner"])
@@ -106,6 +115,19 @@ def restore(state: dict[str, Any], learner: Learner, mesh: Mesh = ONE) -> tuple[
     if tally.sums is not None:
         tally.sums[:-1] /= mesh.peer  # losses: `over_all` adds them up over the peers' processes; the last is a mean
     return position, tally, best_top1
+
+
+@contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    """One line instead of torch's list of all names that it misses."""
+    try:
+        yield
+    except (RuntimeError, KeyError, ValueError, CheckpointException) as error:
+        reason = " ".join(str(error).split())
+        raise RunError(
+            f"{path} does not fit what this version of cutnmix makes of the run's keys: go on with the version that "
+            f"wrote it, or train anew in another folder ({reason[:_REASON]}{'...' * (len(reason) > _REASON)})"
+        ) from error
 
 
 def _save_folder(path: Path, learner: Learner, position: Position, tally: Tally, best_top1: float, mesh: Mesh) -> None:

@@ -1,17 +1,19 @@
-"""The command line: cutnmix train | evaluate | report | export | models | methods | bench | reproduce | plan-scale."""
+"""The command line: cutnmix train | evaluate | compare | report | export | models | methods | bench | reproduce |
+plan-scale.
+"""
 
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.table import Table
 
 from cutnmix.models import NETWORKS
 from cutnmix.models.cost import blueprint, cost, made_for, parameters, source
-from cutnmix.pipeline.datasets import DataError
+from cutnmix.pipeline.datasets import DataError, TestImages
 from cutnmix.trainer.config import ConfigError, load_config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.figures import draw_curves
@@ -32,6 +34,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for example epochs=10 method=dml")
 ]
 Run = Annotated[Path, typer.Argument(help="a run's folder")]
+Best = Annotated[bool, typer.Option("--best", help="best.pt, chosen on the test images")]
+On = Annotated[str, typer.Option("--on", help="test, or unused: training images that data.images_per_class left out")]
 
 
 @app.command()
@@ -43,24 +47,40 @@ def train(config: Annotated[str, typer.Argument(help="a shipped recipe or a YAML
 
 
 @app.command()
-def evaluate(run: Run, best: Annotated[bool, typer.Option(help="best.pt, chosen on the test images")] = False):
+def evaluate(run: Run, best: Best = False, on: On = "test"):
     """Score a run's last checkpoint on its test images."""
-    from cutnmix.trainer import checkpoint
-    from cutnmix.trainer.build import build
-    from cutnmix.trainer.run import score
+    from cutnmix.trainer.run import score, trained
 
-    folder = RunFolder(run)
-    config = folder.read_config()
-    path = folder.best if best else folder.last
-    if not path.exists():
-        raise RunError(f"{path} is not there: the run has not saved a checkpoint yet")
-    parts = build(config)
-    try:
-        position, _, _ = checkpoint.restore(checkpoint.load(path, parts.setting.device), parts.learner)
-        epochs = position.epoch + position.step / len(parts.plan(0))
-        Display().table(f"{run}, {path.name}: {epochs:.4g} epochs", score(parts))
-    finally:
-        parts.close()
+    with trained(run, best=best, test=_test_images(on)) as (parts, epochs):
+        title = f"{run}, {'best' if best else 'last'}.pt: {epochs:.4g} epochs; {_told(on, len(parts.splits.test))}"
+        Display().table(title, score(parts))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs on the same images")],
+    best: Best = False,
+    on: On = "test",
+    csv: Annotated[Path | None, typer.Option("--csv", help="write the table to this file too")] = None,
+):
+    """Put runs beside the first of them, image by image: differences in top-1, and whether images alone explain them.
+
+    Of these trained networks only: how much another seed would change takes more seeds.
+    """
+    from cutnmix.trainer import compare as comparison
+
+    compared = comparison.compare(runs, best=best, test=_test_images(on))
+    table = Table("run", "prediction", "top-1 %", f"less {runs[0].name}", "p")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in compared.rows:
+        less = "" if row.difference is None else f"{row.difference:+.2f} \u00b1 {row.difference_error:.2f}"
+        p = "" if row.p is None else "< 0.001" if row.p < 0.001 else f"{row.p:.3f}"
+        table.add_row(row.run, row.prediction, f"{row.top1:.2f} \u00b1 {row.error:.2f}", less, p)
+    Display().note(f"{_told(on, compared.images)}; \u00b1 standard errors over images, p of a paired t test")
+    _print(table)
+    if csv:
+        comparison.write_csv(csv, compared, _test_images(on))
 
 
 @app.command()
@@ -156,6 +176,18 @@ def plan_scale(context: typer.Context):
     from cutnmix.benchmarks.plan_scale import app as planner
 
     planner(context.args, prog_name="cutnmix plan-scale")
+
+
+def _test_images(name: str) -> TestImages:
+    known = get_args(TestImages)
+    if name not in known:
+        raise ConfigError(f"--on: {name!r} is none of {', '.join(known)}")
+    return known[known.index(name)]
+
+
+def _told(on: str, count: int) -> str:
+    what = "test images" if on == "test" else "training images that no run has used"
+    return f"{count:,} {what}"
 
 
 def _print(table: Table) -> None:

@@ -18,12 +18,11 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from filelock import FileLock, Timeout
 
-from cutnmix.trainer.checkpoint import Position
 from cutnmix.trainer.config import Config, ConfigError, dump_config, parse_config
 
 # Keys that may differ when a run is resumed: they change neither the data nor the arithmetic (the mesh: but rounding,
@@ -45,6 +44,13 @@ class Stopped(Exception):
     def __init__(self, signum: int, folder: Path):
         super().__init__(f"stopped by {signal.Signals(signum).name}; {folder} is saved: resume=auto goes on from there")
         self.signum = signum
+
+
+class Position(NamedTuple):
+    """Steps `step` of epoch `epoch` are done; both count from 0."""
+
+    epoch: int
+    step: int
 
 
 class RunFolder:

@@ -12,7 +12,7 @@ images, and every process gets all scores.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -48,10 +48,34 @@ def evaluate(
 
     Local batch norms of several processes have statistics of their own: all score with those of the first.
     """
+    metrics: dict[str, MetricCollection] = {}
+    for log_probs, label_B in predict(learner, step, batches, plan, mesh):
+        for name, log_prob_BK in log_probs.items():
+            if name not in metrics:
+                metrics[name] = _metrics(num_classes, log_prob_BK.device, mesh)
+            _update(metrics[name], log_prob_BK, label_B)
+        poll()
+    parts = mesh.of_all_peers({name: _read(metric) for name, metric in metrics.items()})
+    scores = {name: score for part in parts for name, score in part.items() if is_peer(name)} | parts[0]
+    peers = [score for name, score in scores.items() if is_peer(name)]
+    return {
+        **scores,
+        "mean": {key: sum(peer[key] for peer in peers) / len(peers) for key in peers[0]},
+        "best_peer": max(peers, key=lambda peer: peer["top1"]),
+    }
+
+
+@torch.no_grad()
+def predict(
+    learner: Learner, step: Step, batches: Iterable[Views], plan: Plan, mesh: Mesh = ONE
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """({name: log_prob_BK, float32}, label_B) of each batch, for every name of `evaluate` that predicts an image.
+
+    In eval mode, which the learner leaves again after the last batch.
+    """
     mesh.share_buffers(learner.peers, learner.method)
     learner.peers.eval()
     learner.method.eval()
-    metrics: dict[str, MetricCollection] = {}
     for s, views in enumerate(batches):
         batch, outputs = step.predict(learner, views, plan.step(s))
         log_prob_JBK = outputs.logits_JBK.float().log_softmax(-1)
@@ -61,24 +85,13 @@ def evaluate(
         with step.autocast():
             others = learner.method.predictions(outputs, batch)
         log_probs |= {name: logits_BK.float().log_softmax(-1) for name, logits_BK in others.items()}
-        for name, log_prob_BK in log_probs.items():
-            if name not in metrics:
-                metrics[name] = _metrics(num_classes, log_prob_BK.device, mesh)
-            _update(metrics[name], log_prob_BK, batch.label_B)
-        poll()
+        yield log_probs, batch.label_B
     learner.peers.train()
     learner.method.train()
-    parts = mesh.of_all_peers({name: _read(metric) for name, metric in metrics.items()})
-    scores = {name: score for part in parts for name, score in part.items() if _is_peer(name)} | parts[0]
-    peers = [score for name, score in scores.items() if _is_peer(name)]
-    return {
-        **scores,
-        "mean": {key: sum(peer[key] for peer in peers) / len(peers) for key in peers[0]},
-        "best_peer": max(peers, key=lambda peer: peer["top1"]),
-    }
 
 
-def _is_peer(name: str) -> bool:
+def is_peer(name: str) -> bool:
+    """Whether a name of `evaluate` is that of one peer."""
     return name.startswith("peer") and name[4:].isdigit()
 
 

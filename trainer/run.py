@@ -18,15 +18,15 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from cutnmix.pipeline.batch import Views
+from cutnmix.pipeline.datasets import TestImages
 from cutnmix.pipeline.plan import Draws, Plan
 from cutnmix.trainer import checkpoint
 from cutnmix.trainer.build import Parts, build
-from cutnmix.trainer.checkpoint import Position
 from cutnmix.trainer.config import Config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.export import export_peers
 from cutnmix.trainer.figures import draw_batch, draw_curves
-from cutnmix.trainer.folder import RunError, RunFolder, Stopped, write_atomically
+from cutnmix.trainer.folder import Position, RunError, RunFolder, Stopped, write_atomically
 from cutnmix.trainer.mesh import Mesh, joined, leave_it_to_the_first
 from cutnmix.trainer.metrics import Scores, evaluate
 from cutnmix.trainer.schedule import lr_factor
@@ -266,6 +266,26 @@ def _telling_step(plan: Plan) -> int:
     return 0 if plan.lam_SL is None else int((plan.lam_SL.mean(1) - 0.6).abs().argmin())
 
 
+@contextmanager
+def trained(run: Path, *, best: bool = False, test: TestImages = "test") -> Iterator[tuple[Parts, float]]:
+    """The parts of a run with its last checkpoint, or with best.pt, and the epochs that it has trained.
+
+    `test`: what it is to be scored on, see load_splits.
+    Raises: RunError where there is none.
+    """
+    folder = RunFolder(run)
+    config = folder.read_config()
+    path = folder.best if best else folder.last
+    if not path.exists():
+        raise RunError(f"{path} is not there: the run has not saved a checkpoint yet")
+    parts = build(config, test=test)
+    try:
+        position, _, _ = checkpoint.restore(checkpoint.load(path, parts.setting.device), parts.learner)
+        yield parts, position.epoch + position.step / len(parts.plan(0))
+    finally:
+        parts.close()
+
+
 def score(parts: Parts, poll=lambda: None) -> Scores:
     """The scores of the peers as they are now, on all test images."""
     plan = parts.test_plan()
@@ -284,7 +304,8 @@ def hardware(device: torch.device) -> str:
     """One line: the GPU, or the CPU with its cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _cpu_name() -> str:
