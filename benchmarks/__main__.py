@@ -217,12 +217,13 @@ def write_tables(
 ) -> None:
     """Make the README's tables from the records: what stands between <!-- bench:NAME --> and <!-- /bench -->.
 
-    So between <!-- runs:NAME --> and <!-- /runs -->, from NAME/runs.csv, the report.csv of a cutnmix reproduce.
+    So from NAME/runs.csv, the report.csv of cutnmix reproduce, between <!-- runs:NAME --> and <!-- /runs -->, and from
+    NAME/compared.csv, of cutnmix compare, between <!-- compared:NAME --> and <!-- /compared -->.
     """
     readme = readme or (checkout() or Path()) / "README.md"
     old = readme.read_text()
     try:
-        new = tables.fill(old, records.read_records(_folder(out)), tables.read_runs(_folder(out)))
+        new = tables.fill(old, _folder(out))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if old == new:

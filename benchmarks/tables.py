@@ -1,21 +1,24 @@
-"""The README's tables, made from the records: text between <!-- bench:NAME --> and <!-- /bench --> is theirs.
+"""The README's tables, made from benchmarks/results: what stands between two markers is theirs.
 
-Between <!-- runs:NAME --> and <!-- /runs --> it is made from NAME/runs.csv, the report.csv of a grid of runs.
+<!-- bench:NAME -->     NAME.json, the record of a benchmark
+<!-- runs:NAME -->      NAME/runs.csv, the report.csv of cutnmix reproduce
+<!-- compared:NAME -->  NAME/compared.csv, of cutnmix compare
+
 Nobody types a figure, so none can differ from what was measured; a test checks that none does.
 """
 
 import csv
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
-from cutnmix.benchmarks.records import Record, heads, sheets_of, text
+from cutnmix.benchmarks.records import Record, heads, read_records, sheets_of, text
 from cutnmix.benchmarks.reproduce.grid import load_grid
 from cutnmix.benchmarks.reproduce.results import value_of
 from cutnmix.benchmarks.reproduce.sheets import value_text
+from cutnmix.trainer.compare import told
 
-Run = dict[str, str]  # a line of a report.csv
-MARKED = re.compile(r"(<!-- (bench|runs):(\S+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+Line = dict[str, str]  # of a CSV
+MARKED = re.compile(r"(<!-- (bench|runs|compared):(\S+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 READINGS = {"mean": "mean of the peers", "ensemble": "their ensemble", "teacher": "peer teacher"}
 
 
@@ -24,13 +27,12 @@ def render(record: Record) -> str:
     name = record["benchmark"]
     parts = [f"![{record['command']}](benchmarks/results/{name}.png)"]
     for sheet in sheets_of(record):
-        lines = [f"**{sheet.title}**: {sheet.unit}", ""]
-        lines += [_line(["", *heads(sheet)]), _line(["---"] * (1 + len(sheet.columns)))]
+        rows = []
         for row, cells in sheet.rows.items():
             bold = "**" if row.startswith("cutnmix") else ""
             values = [text(cells[column]) if column in cells else "" for column in sheet.columns]
-            lines.append(_line([f"{bold}{row}{bold}", *values]))
-        parts.append("\n".join(lines))
+            rows.append([f"{bold}{row}{bold}", *values])
+        parts.append(f"**{sheet.title}**: {sheet.unit}\n\n{_table(['', *heads(sheet)], rows).rstrip()}")
     parts += record["notes"]
     settings = ", ".join(f"{key} {value}" for key, value in record["settings"].items())
     parts.append(
@@ -40,47 +42,67 @@ def render(record: Record) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def read_runs(folder: Path) -> dict[str, list[Run]]:
-    """Name -> the runs of a grid, of each NAME/runs.csv in the folder."""
-    found = {}
-    for path in sorted(folder.glob("*/runs.csv")):
-        with path.open(newline="") as file:
-            found[path.parent.name] = list(csv.DictReader(file))
-    return found
-
-
-def accuracies(runs: list[Run]) -> str:
+def accuracies(runs: list[Line]) -> str:
     """The finished runs of a grid on one network as Markdown, a line a method: top-1 percent of the last epoch.
 
     The mean over n seeds, with the sample standard deviation where n > 1. A method without a finished run has no line.
     """
     labels = {row.name: row.label for row in load_grid(runs[0]["grid"]).rows}
-    lines = [_line([runs[0]["stamp"], "n", *READINGS.values()]), _line(["---"] * (2 + len(READINGS)))]
+    rows = []
     for method in dict.fromkeys(run["method"] for run in runs if run["state"] == "done"):
         done = [run for run in runs if (run["method"], run["state"]) == (method, "done")]
         found = {name: [run[f"last_epoch_{name}_top1"] for run in done] for name in READINGS}
         if found["ensemble"] == found["mean"]:  # of one network
             found["ensemble"] = []
         values = [value_of([float(cell) for cell in cells if cell]) for cells in found.values()]
-        lines.append(_line([labels[method], str(len(done)), *(value_text(value) if value else "" for value in values)]))
-    return "\n".join(lines) + "\n"
+        rows.append([labels[method], str(len(done)), *(value_text(value) if value else "" for value in values)])
+    return _table([runs[0]["stamp"], "n", *READINGS.values()], rows)
 
 
-def fill(readme: str, records: Mapping[str, Record], runs: Mapping[str, list[Run]]) -> str:
-    """The README with what stands between each pair of markers made anew.
+def compared(lines: list[Line]) -> str:
+    """Runs beside the first of them on the same images as Markdown, a line a run: percent +- standard error."""
+    runs = list(dict.fromkeys(line["run"] for line in lines))
+    rows = []
+    for run in runs:
+        row = [f"`{run}`"]
+        for name in ("mean", "ensemble"):
+            (line,) = [line for line in lines if (line["run"], line["prediction"]) == (run, name)]
+            row.append(_with_error(line["top1"], line["error"]))
+            row.append(_with_error(line["difference"], line["difference_error"], "+") if line["difference"] else "")
+        rows.append(row)
+    first = f"less `{runs[0]}`"
+    what = told(lines[0]["on"], int(lines[0]["images"]))
+    return _table([what, READINGS["mean"], first, READINGS["ensemble"], first], rows)
+
+
+def fill(readme: str, folder: Path) -> str:
+    """The README with what stands between each pair of markers made anew, from what lies in the folder.
 
     Raises:
-        ValueError: for markers that have no record.
+        ValueError: for markers that have no record there.
     """
-    known = {"bench": records, "runs": runs}
-    if missing := [name for _, kind, name, _ in MARKED.findall(readme) if name not in known[kind]]:
-        raise ValueError(f"no record of {', '.join(missing)}: run it first")
+    records = read_records(folder)
 
     def made(found: re.Match[str]) -> str:
-        body = render(records[found[3]]) if found[2] == "bench" else accuracies(runs[found[3]])
-        return f"{found[1]}{body}{found[4]}"
+        begin, kind, name, end = found.groups()
+        if kind == "bench" and name in records:
+            return f"{begin}{render(records[name])}{end}"
+        path = folder / name / f"{kind}.csv"
+        if kind == "bench" or not path.is_file():
+            raise ValueError(f"no record of {kind}:{name} in {folder}: run it first")
+        with path.open(newline="") as file:
+            lines = list(csv.DictReader(file))
+        return f"{begin}{accuracies(lines) if kind == 'runs' else compared(lines)}{end}"
 
     return MARKED.sub(made, readme)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "".join(f"{_line(line)}\n" for line in [head, ["---"] * len(head), *rows])
+
+
+def _with_error(value: str, error: str, sign: str = "") -> str:
+    return f"{float(value):{sign}.2f} \u00b1 {float(error):.2f}"
 
 
 def _line(cells: list[str]) -> str:

@@ -20,6 +20,7 @@ from cutnmix.benchmarks.records import Sheet, make_record, number, read_records,
 from cutnmix.models import NETWORKS
 from cutnmix.pipeline import Distort, MixBatch, load_splits
 from cutnmix.trainer import cli
+from cutnmix.trainer.compare import Compared, Comparison, write_csv
 from cutnmix.trainer.losses import cross_entropy, mutual_kl
 from cutnmix.trainer.methods import METHODS
 
@@ -415,7 +416,7 @@ def test_tables_round_trip(tmp_path):
     assert made.endswith(f"commit {record['commit']}, {record['date']}.\n<!-- /bench -->\n\nThe end | of it.\n")
     assert "| | J = 1 | J = 2 |\n| --- | --- | --- |\n| **cutnmix** | 100 (93..110) | 7 |\n" in made
     assert "| not installed | 0.0123 |" in made
-    assert tables.fill(made, {"sample": record}, {}) == made
+    assert tables.fill(made, tmp_path) == made
     readme.write_text(made.replace("100 (93..110)", "90 (93..110)"))
     assert exit_code("--check") == 1
     readme.write_text(made.replace("bench:sample", "bench:other"))
@@ -424,8 +425,7 @@ def test_tables_round_trip(tmp_path):
 
 def test_the_readme_is_as_the_records_have_it():
     readme = (ROOT / "README.md").read_text()
-    results = ROOT / "benchmarks" / "results"
-    assert tables.fill(readme, read_records(results), tables.read_runs(results)) == readme
+    assert tables.fill(readme, ROOT / "benchmarks" / "results") == readme
 
 
 def test_accuracies_are_means_over_the_finished_runs_of_each_method(tmp_path):
@@ -441,12 +441,29 @@ def test_accuracies_are_means_over_the_finished_runs_of_each_method(tmp_path):
     (tmp_path / "short").mkdir()
     lines = [",".join(map(str, line)) for line in [heads, *[[f'"{cell}"' for cell in run] for run in runs]]]
     (tmp_path / "short" / "runs.csv").write_text("\n".join(lines) + "\n")
-    readme = tables.fill("<!-- runs:short -->\nold\n<!-- /runs -->\n", {}, tables.read_runs(tmp_path))
+    readme = tables.fill("<!-- runs:short -->\nold\n<!-- /runs -->\n", tmp_path)
     assert readme.splitlines()[1:-1] == [
         "| SCALE 1: short | n | mean of the peers | their ensemble | peer teacher |",
         "| --- | --- | --- | --- | --- |",
         "| Baseline | 1 | 77.50 | | |",
         "| CutnMix + MMD + PT | 2 | 79.00 \u00b1 1.41 | 80.50 \u00b1 0.71 | 81.00 \u00b1 0.00 |",
     ]
-    with pytest.raises(ValueError, match="no record of long"):
-        tables.fill("<!-- runs:long -->\n<!-- /runs -->\n", {}, tables.read_runs(tmp_path))
+    with pytest.raises(ValueError, match="no record of runs:long"):
+        tables.fill("<!-- runs:long -->\n<!-- /runs -->\n", tmp_path)
+
+
+def test_a_comparison_is_a_line_a_run(tmp_path):
+    rows = [
+        Compared("dml", "mean", 77.14, 0.54, None, None, None),
+        Compared("dml", "ensemble", 78.46, 0.58, None, None, None),
+        Compared("cutnmix", "mean", 78.371, 0.54, 1.231, 0.47, 0.009),
+        Compared("cutnmix", "ensemble", 78, 0.57, -0.46, 0.5, 0.3),
+        Compared("cutnmix", "teacher", 79.58, 0.57, None, None, None),
+    ]
+    write_csv(tmp_path / "short" / "compared.csv", Comparison(5000, rows), "unused")
+    made = tables.fill("<!-- compared:short -->\n<!-- /compared -->\n", tmp_path).splitlines()
+    assert made[1].startswith("| 5,000 training images that no run has used | mean of the peers | less `dml` |")
+    assert made[3:5] == [
+        "| `dml` | 77.14 \u00b1 0.54 | | 78.46 \u00b1 0.58 | |",
+        "| `cutnmix` | 78.37 \u00b1 0.54 | +1.23 \u00b1 0.47 | 78.00 \u00b1 0.57 | -0.46 \u00b1 0.50 |",
+    ]

@@ -122,6 +122,8 @@ def _fitting(path: Path) -> Iterator[None]:
     """One line instead of torch's list of all names that it misses."""
     try:
         yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # they are RuntimeErrors too
+        raise
     except (RuntimeError, KeyError, ValueError, CheckpointException) as error:
         reason = " ".join(str(error).split())
         raise RunError(

@@ -49,10 +49,11 @@ def train(config: Annotated[str, typer.Argument(help="a shipped recipe or a YAML
 @app.command()
 def evaluate(run: Run, best: Best = False, on: On = "test"):
     """Score a run's last checkpoint on its test images."""
+    from cutnmix.trainer.compare import told
     from cutnmix.trainer.run import score, trained
 
     with trained(run, best=best, test=_test_images(on)) as (parts, epochs):
-        title = f"{run}, {'best' if best else 'last'}.pt: {epochs:.4g} epochs; {_told(on, len(parts.splits.test))}"
+        title = f"{run}, {'best' if best else 'last'}.pt: {epochs:.4g} epochs; {told(on, len(parts.splits.test))}"
         Display().table(title, score(parts))
 
 
@@ -77,7 +78,7 @@ def compare(
         less = "" if row.difference is None else f"{row.difference:+.2f} \u00b1 {row.difference_error:.2f}"
         p = "" if row.p is None else "< 0.001" if row.p < 0.001 else f"{row.p:.3f}"
         table.add_row(row.run, row.prediction, f"{row.top1:.2f} \u00b1 {row.error:.2f}", less, p)
-    Display().note(f"{_told(on, compared.images)}; \u00b1 standard errors over images, p of a paired t test")
+    Display().note(f"{comparison.told(on, compared.images)}; \u00b1 standard errors over images, p of a paired t test")
     _print(table)
     if csv:
         comparison.write_csv(csv, compared, _test_images(on))
@@ -183,11 +184,6 @@ def _test_images(name: str) -> TestImages:
     if name not in known:
         raise ConfigError(f"--on: {name!r} is none of {', '.join(known)}")
     return known[known.index(name)]
-
-
-def _told(on: str, count: int) -> str:
-    what = "test images" if on == "test" else "training images that no run has used"
-    return f"{count:,} {what}"
 
 
 def _print(table: Table) -> None:

@@ -64,6 +64,11 @@ def compare(runs: Sequence[Path], *, best: bool = False, test: TestImages = "tes
     return Comparison(len(next(iter(first.values()))), rows)
 
 
+def told(test: str, count: int) -> str:
+    """So many images and what they are, for people."""
+    return f"{count:,} {'test images' if test == 'test' else 'training images that no run has used'}"
+
+
 def write_csv(path: Path, compared: Comparison, test: TestImages) -> None:
     """A line a row, with the number of images and what they are."""
     file = io.StringIO()
