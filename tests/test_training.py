@@ -1,14 +1,16 @@
 """Every method, through the command line: it trains, its loss falls, and killed it goes on to the very same end."""
 
 import json
+import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from test_resume import assert_same, comparable_records, final_state, start, steps_on_record, wait_for_step
+from test_resume import assert_same, command, comparable_records, final_state, start, steps_on_record, wait_for_step
 
 from cutnmix.trainer.cli import main
 from cutnmix.trainer.folder import RunFolder
@@ -66,12 +68,29 @@ def test_two_epochs_on_digits_lower_the_loss(name, teacher, tmp_path, monkeypatc
     assert 0 < result["headline"]["top1"] <= 100
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """Runs of the methods with memory that nothing interrupts, one after another in a process of their own."""
+    folder = tmp_path_factory.mktemp("straight")
+    runs = [command(folder / name, *keys(name), *more, "loader=resident")[4:] for name, more in STATEFUL]
+    code = """
+import json, sys
+from cutnmix.trainer.config import load_config
+from cutnmix.trainer.run import train
+for recipe, *overrides in json.loads(sys.argv[1]):
+    train(load_config(recipe, overrides))
+"""
+    subprocess.run(
+        [sys.executable, "-c", code, json.dumps(runs)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "more"), STATEFUL, ids=[name for name, _ in STATEFUL])
-def test_a_method_with_memory_killed_at_a_random_moment_ends_the_same(name, more, tmp_path):
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
+def test_a_method_with_memory_killed_at_a_random_moment_ends_the_same(name, more, straight, tmp_path):
+    straight, broken = straight / name, tmp_path / "broken"
     overrides = [*keys(name), *more, "loader=resident"]
-    assert start(straight, *overrides).wait() == 0
     rng = random.Random(name)
     process = start(broken, *overrides)
     wait_for_step(process, broken, rng.randrange(1, steps_on_record(straight)))
