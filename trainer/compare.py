@@ -22,9 +22,12 @@ from cutnmix.pipeline.datasets import TestImages
 from cutnmix.trainer.config import Config
 from cutnmix.trainer.folder import RunError, RunFolder, write_atomically
 from cutnmix.trainer.metrics import is_peer, predict
-from cutnmix.trainer.run import trained
+from cutnmix.trainer.run import saved, trained
 
-_SAME = {"test": ("name", "classes", "val", "corrupt"), "unused": ("name", "classes", "images_per_class", "corrupt")}
+_SAME = {  # keys under `data` that say which images those are
+    "test": ("name", "classes", "val", "corrupt"),
+    "unused": ("name", "classes", "train", "images_per_class", "corrupt"),
+}
 
 
 class Compared(NamedTuple):
@@ -54,6 +57,7 @@ def compare(runs: Sequence[Path], *, best: bool = False, test: TestImages = "tes
     configs = {run: RunFolder(run).read_config() for run in runs}
     for run, config in configs.items():
         _check_same(runs[0], configs[runs[0]], run, config, test)
+        saved(run, best=best)
     hits = {run: _hits(run, best, test) for run in configs}
     first = hits[runs[0]]
     rows = [

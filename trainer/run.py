@@ -266,6 +266,15 @@ def _telling_step(plan: Plan) -> int:
     return 0 if plan.lam_SL is None else int((plan.lam_SL.mean(1) - 0.6).abs().argmin())
 
 
+def saved(run: Path, *, best: bool = False) -> Path:
+    """A run's last checkpoint, or best.pt. Raises RunError where there is none."""
+    folder = RunFolder(run)
+    path = folder.best if best else folder.last
+    if not path.exists():
+        raise RunError(f"{path} is not there: the run has not saved a checkpoint yet")
+    return path
+
+
 @contextmanager
 def trained(run: Path, *, best: bool = False, test: TestImages = "test") -> Iterator[tuple[Parts, float]]:
     """The parts of a run with its last checkpoint, or with best.pt, and the epochs that it has trained.
@@ -273,11 +282,7 @@ def trained(run: Path, *, best: bool = False, test: TestImages = "test") -> Iter
     `test`: what it is to be scored on, see load_splits.
     Raises: RunError where there is none.
     """
-    folder = RunFolder(run)
-    config = folder.read_config()
-    path = folder.best if best else folder.last
-    if not path.exists():
-        raise RunError(f"{path} is not there: the run has not saved a checkpoint yet")
+    config, path = RunFolder(run).read_config(), saved(run, best=best)
     parts = build(config, test=test)
     try:
         position, _, _ = checkpoint.restore(checkpoint.load(path, parts.setting.device), parts.learner)
