@@ -489,3 +489,14 @@ def test_in_a_browser_it_opens_sorts_and_fits(width, maker):
     assert seen["inner"] == width and seen["body"] <= width
     assert (seen["figures"], seen["hidden"]) == (2, 2)  # one size of each of the two
     assert seen["loaded"] == 0
+
+
+def test_long_labels_and_shorter_schedules_leave_room_for_the_curves():
+    points = tuple((float(epoch), 50.0 + epoch, None) for epoch in range(1, 9))
+    long = curves.Line("A method of a very long name " * 4, points, "#000000", "-")
+    short = curves.Line("Short", points[:3], "#000000", "--")
+    begun = curves.Line("Begun", points[:5], "#000000", ":", so_far=True)
+    for lines in ((long, short), (long, short, begun)):
+        for width in (4.1, 7.4):
+            drawn = curves.svg(lines, width, 3.7)
+            assert "\u2026" in drawn and drawn.count("so far") == len(lines) - 2

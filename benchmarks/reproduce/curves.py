@@ -38,6 +38,7 @@ OTHERS = (
     (PURPLE, DOTTED),
 )
 TITLE_ROOM = 0.62  # inches
+LEAST = 0.13  # of a figure's width is for its axes, however long the labels beside them are
 
 
 class Line(NamedTuple):
@@ -48,6 +49,7 @@ class Line(NamedTuple):
     color: str
     dash: str | tuple
     width: float = 1.5
+    so_far: bool = False  # of runs that are not finished
 
 
 def mean_lines(cells: list[Outcome]) -> tuple[Line, ...]:
@@ -61,7 +63,7 @@ def mean_lines(cells: list[Outcome]) -> tuple[Line, ...]:
         bold = cell.row.name == OURS
         color, dash = (BLUE, SOLID) if bold else (INK, SOLID) if cell.row.name == "baseline" else next(others)
         if points := _points(cell.done or [run for run in cell.runs if run.curve]):
-            lines.append(Line(cell.row.label, points, color, dash, 2.6 if bold else 1.5))
+            lines.append(Line(cell.row.label, points, color, dash, 2.6 if bold else 1.5, not cell.done))
     return tuple(lines)
 
 
@@ -69,7 +71,9 @@ def seed_lines(cell: Outcome) -> tuple[Line, ...]:
     """A line a seed."""
     begun = [run for run in cell.runs if run.curve]
     styles = zip(begun, ((BLUE, SOLID), *OTHERS), strict=False)
-    return tuple(Line(f"seed {run.seed}", _points([run]), color, dash) for run, (color, dash) in styles)
+    return tuple(
+        Line(f"seed {run.seed}", _points([run]), color, dash, so_far=not run.done) for run, (color, dash) in styles
+    )
 
 
 def _points(runs: list[Run]) -> tuple[tuple[float, float, float | None], ...]:
@@ -119,9 +123,10 @@ def _figure(lines: tuple[Line, ...], width: float, height: float, title: str = "
     if not title:
         figure.patch.set_alpha(0)
     last = max(line.points[-1][0] for line in lines)
-    ahead = any(line.points[-1][0] < last for line in lines)
-    names = max(len(line.label) for line in lines) + 6 + 7 * ahead  # characters right of the axes, with the last value
-    left, right = 0.66 / width, 1 - (0.25 + 0.085 * names) / width
+    tail = 6 + 7 * any(line.so_far for line in lines)  # characters after a label: the last value, so far
+    most = int((width * (1 - LEAST) - 0.66 - 0.25) / 0.085) - tail
+    labels = [line.label if len(line.label) <= most else f"{line.label[: most - 1]}\u2026" for line in lines]
+    left, right = 0.66 / width, 1 - (0.25 + 0.085 * (max(map(len, labels)) + tail)) / width
     top = 1 - (TITLE_ROOM if title else 0.08) / height
     axes = figure.add_axes((left, 0.46 / height, right - left, top - 0.46 / height))
     axes.patch.set_alpha(0)
@@ -135,14 +140,14 @@ def _figure(lines: tuple[Line, ...], width: float, height: float, title: str = "
     room = 0.06 * max(high - low, 1)
     axes.set_ylim(low - room, high + room)
     ends = []
-    for line in lines:
+    for line, label in zip(lines, labels, strict=True):
         x, y, spread = np.array([[np.nan if v is None else v for v in point] for point in line.points]).T
         style = {"color": line.color, "linestyle": line.dash}
         marker = {"marker": "o", "markersize": 3.5} if len(x) <= 12 else {}
         axes.plot(x, y, linewidth=line.width, **style, **marker)
         if np.isfinite(spread).any():
             axes.fill_between(x, y - spread, y + spread, color=line.color, alpha=0.15, linewidth=0)
-        ends.append((f"{line.label}  {y[-1]:.1f}" + " so far" * bool(x[-1] < last), x, y, style))
+        ends.append((f"{label}  {y[-1]:.1f}" + " so far" * line.so_far, x, y, style))
     axes.set_xlim(0, last * 1.01)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(6))
