@@ -246,12 +246,13 @@ def load_splits(
         )
     root = None if root is None else Path(root).expanduser()
     splits = webdataset(root, download, train, val) if name == "webdataset" else DATASETS[name](root, download)
-    if classes is not None or images_per_class is not None:
+    if classes is not None:
         chosen = _choose(splits.train.classes, classes)
-        every = _subset(splits.train, chosen)
-        first_N = _first(every, images_per_class)
-        rest = every.keep(~first_N) if test == "unused" else _subset(splits.test, chosen)
-        splits = Splits(every.keep(first_N), rest)
+        splits = Splits(*(_subset(split, chosen) for split in splits))
+    if images_per_class is not None:
+        first_N = _first(splits.train, images_per_class)
+        rest = splits.train.keep(~first_N) if test == "unused" else splits.test
+        splits = Splits(splits.train.keep(first_N), rest)
     if test == "unused":
         if images_per_class is None or not len(splits.test):
             raise DataError(f"data.images_per_class: {images_per_class} leaves no training image of {name} unused")
@@ -334,10 +335,8 @@ def _fetch(source: type[CIFAR10], root: Path, missing: list[str]) -> None:
         ) from error
 
 
-def _choose(names: tuple[str, ...], classes: int | Sequence[int | str] | None) -> list[int]:
+def _choose(names: tuple[str, ...], classes: int | Sequence[int | str]) -> list[int]:
     """Indices of the selected classes, in the order asked for."""
-    if classes is None:
-        return list(range(len(names)))
     if isinstance(classes, int):
         if not 2 <= classes <= len(names):
             raise DataError(f"data.classes: {classes} is not within 2..{len(names)}, the number of classes")
@@ -366,10 +365,8 @@ def _subset(data: Dataset, chosen: list[int]) -> Dataset:
     return replace(replace(data, labels=labels).keep(labels >= 0), classes=classes)
 
 
-def _first(data: Dataset, images_per_class: int | None) -> np.ndarray:
-    """(N,) bool: the first so many images of each class; None takes all."""
-    if images_per_class is None:
-        return np.full(len(data), True)
+def _first(data: Dataset, images_per_class: int) -> np.ndarray:
+    """(N,) bool: the first so many images of each class."""
     if images_per_class < 1:
         raise DataError(f"data.images_per_class: {images_per_class} is not at least 1")
     first_N = np.full(len(data), False)

@@ -59,7 +59,7 @@ def save(path: Path, learner: Learner, position: Position, tally: Tally, best_to
 def load(path: Path, device: torch.device) -> dict[str, Any]:
     """What `restore` takes; of a file its state dict, tensors on `device`. A file's code is never unpickled."""
     if path.is_dir():
-        return {"path": path, "folder": path, **json.loads((path / _FACTS).read_text())}
+        return {"path": path, **json.loads((path / _FACTS).read_text())}
     return {"path": path, **torch.load(path, map_location=device, weights_only=True)}
 
 
@@ -86,14 +86,15 @@ def restore(state: dict[str, Any], learner: Learner, mesh: Mesh = ONE) -> tuple[
 
 def _restore(state: dict[str, Any], learner: Learner, mesh: Mesh) -> tuple[Position, Tally, float]:
     position, best_top1 = Position(*state["position"]), state["best_top1"]
-    if "folder" not in state and mesh.size == 1:
+    one_file = "learner" in state  # several processes write a folder instead
+    if one_file and mesh.size == 1:
         learner.load_state_dict(state["learner"])
         torch.set_rng_state(state["rng_cpu"].cpu())
         if torch.cuda.is_available() and state["rng_cuda"]:
             torch.cuda.set_rng_state_all([rng.cpu() for rng in state["rng_cuda"]])
         return position, Tally(**state["tally"]), best_top1
     targets = _own_tensors(learner)
-    if "folder" not in state:
+    if one_file:
         found = _named(state["learner"], _of_peers(learner), None)
         for name, target in targets.items():
             target.copy_(found[name])
@@ -107,7 +108,7 @@ def _restore(state: dict[str, Any], learner: Learner, mesh: Mesh) -> tuple[Posit
             if same:
                 targets[f"rank{mesh.rank}.tally"] = targets.pop("tally")
         targets |= generators if same else {}
-        _read(state["folder"], targets)
+        _read(state["path"], targets)
         learner.scaler.load_state_dict(state["scaler"])
         if same:
             _set_generators(generators, mesh.rank)

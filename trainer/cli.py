@@ -70,18 +70,21 @@ def compare(
     """
     from cutnmix.trainer import compare as comparison
 
-    compared = comparison.compare(runs, best=best, test=_test_images(on))
+    test = _test_images(on)
+    compared = comparison.compare(runs, best=best, test=test)
     table = Table("run", "prediction", "top-1 %", f"less {runs[0].name}", "p")
     for column in table.columns[2:]:
         column.justify = "right"
     for row in compared.rows:
         less = "" if row.difference is None else f"{row.difference:+.2f} \u00b1 {row.difference_error:.2f}"
-        p = "" if row.p is None else "< 0.001" if row.p < 0.001 else f"{row.p:.3f}"
+        p = "" if row.p is None else comparison.p_digits(row.p)
         table.add_row(row.run, row.prediction, f"{row.top1:.2f} \u00b1 {row.error:.2f}", less, p)
-    Display().note(f"{comparison.told(on, compared.images)}; \u00b1 standard errors over images, p of a paired t test")
+    Display().note(
+        f"{comparison.told(test, compared.images)}; \u00b1 standard errors over images, p of a paired t test"
+    )
     _print(table)
     if csv:
-        comparison.write_csv(csv, compared, _test_images(on))
+        comparison.write_csv(csv, compared, test)
 
 
 @app.command()

@@ -9,8 +9,6 @@ That is of these trained networks and of images drawn anew. What another seed wo
 train more seeds (cutnmix reproduce, whose report tests over seeds).
 """
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +18,7 @@ import torch
 
 from cutnmix.pipeline.datasets import TestImages
 from cutnmix.trainer.config import Config
-from cutnmix.trainer.folder import RunError, RunFolder, write_atomically
+from cutnmix.trainer.folder import RunError, RunFolder, csv_text, write_atomically
 from cutnmix.trainer.metrics import is_peer, predict
 from cutnmix.trainer.run import saved, trained
 
@@ -73,14 +71,17 @@ def told(test: str, count: int) -> str:
     return f"{count:,} {'test images' if test == 'test' else 'training images that no run has used'}"
 
 
+def p_digits(p: float) -> str:
+    """A p value to three digits."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def write_csv(path: Path, compared: Comparison, test: TestImages) -> None:
     """A line a row, with the number of images and what they are."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["on", "images", *Compared._fields])
-    writer.writerows([test, compared.images, *row] for row in compared.rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, file.getvalue())
+    write_atomically(
+        path, csv_text([{"on": test, "images": compared.images, **row._asdict()} for row in compared.rows])
+    )
 
 
 def _check_same(first: Path, wanted: Config, run: Path, config: Config, test: TestImages) -> None:

@@ -13,10 +13,12 @@ log.txt                   what it said, where it was started by another process 
 """
 
 import contextlib
+import csv
+import io
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,6 +154,15 @@ class RunFolder:
         ]
         write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         return kept
+
+
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+    """A line a row below the keys, which are those of the first."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -8,8 +8,6 @@ report-cells.csv a row a cell
 Each carries the scale, the page on every table and the CSV in every row, so that no short run is taken for a full one.
 """
 
-import csv
-import io
 import re
 import shlex
 import sys
@@ -24,7 +22,7 @@ from cutnmix.benchmarks.reproduce.findings import Finding, findings
 from cutnmix.benchmarks.reproduce.grid import Grid, Planned
 from cutnmix.benchmarks.reproduce.results import READINGS, Results, collect
 from cutnmix.benchmarks.reproduce.sheets import Entry, Sheet
-from cutnmix.trainer.folder import write_atomically
+from cutnmix.trainer.folder import csv_text, write_atomically
 
 
 def write(grid: Grid, plan: list[Planned], scale: float, out: Path) -> Path:
@@ -35,8 +33,8 @@ def write(grid: Grid, plan: list[Planned], scale: float, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     results = collect(grid, plan, scale)
     found, facts = findings(results), provenance(results)
-    write_atomically(out / "report.csv", _csv(_run_rows(results)))
-    write_atomically(out / "report-cells.csv", _csv(_cell_rows(results)))
+    write_atomically(out / "report.csv", csv_text(_run_rows(results)))
+    write_atomically(out / "report-cells.csv", csv_text(_cell_rows(results)))
     write_atomically(out / "report.md", _markdown(results, found, facts, _pictures(results, out)))
     write_atomically(out / "report.html", page.render(results, found, facts))
     return out / "report.html"
@@ -70,14 +68,6 @@ def _command() -> str:
     if program.stem in ("cutnmix", "__main__"):
         return shlex.join(["cutnmix", *sys.argv[1:]])
     return "called from Python"
-
-
-def _csv(rows: list[dict[str, Any]]) -> str:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
 
 
 def _run_rows(results: Results) -> list[dict[str, Any]]:

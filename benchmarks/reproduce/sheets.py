@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from cutnmix.benchmarks.reproduce.paper import DATA, Note, Value, contradictions, signed
 from cutnmix.benchmarks.reproduce.results import READINGS, Difference, Outcome, Results, ranks
+from cutnmix.trainer.compare import p_digits
 
 NOTHING = "\u2013"  # an en dash, for what is not known
 
@@ -211,7 +212,7 @@ def _test(difference: Difference | None) -> Entry:
         return Entry(NOTHING)
     if difference.p is None:
         return Entry(f"none: n = {difference.n}", None, faint=True)
-    return Entry("< 0.001" if difference.p < 0.001 else f"{difference.p:.3f}", difference.p)
+    return Entry(p_digits(difference.p), difference.p)
 
 
 def readings(results: Results, data: str, network: str) -> Sheet:
