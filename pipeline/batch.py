@@ -37,7 +37,7 @@ class Views(NamedTuple):
 
     @property
     def image_VBCHW(self) -> Tensor:
-        """channels_last strides; uint8, or float32 in [0, 255] after colour or rotation."""
+        """channels_last strides; uint8, or after colour or rotation float32, which colour may take out of [0, 255]."""
         return self.pixels if isinstance(self.pixels, Tensor) else self.pixels.image_VBCHW
 
     @property

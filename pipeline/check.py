@@ -44,7 +44,8 @@ def without_corrupt(dataset: Dataset) -> Dataset:
     good_N = _good(dataset)
     names = tuple(dataset.where(int(i)) for i in np.flatnonzero(~good_N))
     left = replace(dataset.keep(good_N), left_out=names)
-    if empty := np.flatnonzero(np.bincount(left.labels, minlength=len(left.classes)) == 0).tolist():
+    before_K, after_K = (np.bincount(data.labels, minlength=len(data.classes)) for data in (dataset, left))
+    if empty := np.flatnonzero((before_K > 0) & (after_K == 0)).tolist():  # of `unused` images a class may have none
         first = dataset.where(int(np.flatnonzero(dataset.labels == empty[0])[0]))
         raise DataError(f"{dataset.name}: no image of class {left.classes[empty[0]]!r} decodes: {first} and all others")
     return left
@@ -64,11 +65,10 @@ def undecodable(dataset: Dataset, indices: Sequence[int]) -> Iterator[tuple[int,
 
 def _good(dataset: Dataset) -> np.ndarray:
     """(N,) bool: whether each image decodes, as far as is known, and else by trying."""
-    folder, place = cache_folder() / "decodes", Path(os.path.commonpath(dataset.files_or_shards))
+    folder, place = cache_folder("decodes"), Path(os.path.commonpath(dataset.files_or_shards))
     path = folder / f"{digest(dali.__version__, dataset.name, place.absolute())}.npz"
     identity_N = dataset.identities()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):  # the ranks of a run come at once: the first tries, the others read
             known = load_arrays(path) or {}
             tried, decodes = known.get("tried", np.zeros(0, np.uint64)), known.get("decodes", np.zeros(0, bool))

@@ -59,9 +59,10 @@ class CutnMix(MixAugmentationBaseV2):
     bfloat16, float32 or float64, any C, H, W and strides. Output: (J, B, C, H, W); with num_peers=1 and a 4-D input
     (B, C, H, W), which is CutMix. Gradients flow to the pixels that were kept.
 
-    Input "class": (B,) integer labels. Output: soft targets (B, K) float32 where `num_classes` is given; otherwise
-    Kornia's (1, B, 3) rows (label, partner's label, lam), lam being the weight of the FIRST of the two. Under
-    clip_corrected with several peers lam differs between them: (J, B, K) or (J, B, 3).
+    Input "class": (B,) integer labels; that they are within 0..K-1 is up to the caller: nothing here looks at their
+    values. Output: soft targets (B, K) float32 where `num_classes` is given; otherwise Kornia's (1, B, 3) rows (label,
+    partner's label, lam), lam being the weight of the FIRST of the two. Under clip_corrected with several peers lam
+    differs between them: (J, B, K) or (J, B, 3).
 
     Args:
         num_peers: J, the number of boxes.
@@ -94,6 +95,8 @@ class CutnMix(MixAugmentationBaseV2):
             raise ValueError(f"alpha must be positive and finite, not {alpha}")
         if not 0 <= p <= 1:
             raise ValueError(f"p must lie in [0, 1], not {p}")
+        if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+            raise ValueError(f"num_classes must be None or a whole number of at least 1, not {num_classes!r}")
         if box_rule not in BOX_RULES:
             raise ValueError(f"box_rule must be one of {', '.join(BOX_RULES)}, not {box_rule!r}")
         self.num_peers = num_peers
@@ -128,8 +131,13 @@ class CutnMix(MixAugmentationBaseV2):
         data_keys: list[str | int | DataKey] | None = None,
     ) -> Tensor | list[Tensor]:
         """Mix the inputs; `params` (as left in `_params` by an earlier call) are replayed instead of drawn."""
+        keys = self.data_keys if data_keys is None else [DataKey.get(key) for key in data_keys]
+        if len(input) != len(keys):  # Kornia pairs them up and drops the rest
+            names = ", ".join(key.name.lower() for key in keys)
+            raise ValueError(f"got {len(input)} inputs for {len(keys)} data_keys ({names}): name every input there")
         if params is None:
-            keys = self.data_keys if data_keys is None else [DataKey.get(key) for key in data_keys]
+            if DataKey.INPUT not in keys:
+                raise ValueError("without images there is nothing to draw for: pass 'input' too, or params")
             image = self.transform_tensor(input[keys.index(DataKey.INPUT)])
             self.device = image.device
             params = self.forward_parameters(tuple(image.shape))
@@ -157,6 +165,11 @@ class CutnMix(MixAugmentationBaseV2):
 
     def transform_class(self, input: Tensor, params: dict[str, Tensor], flags: dict[str, Any]) -> Tensor:
         """Eq. 6."""
+        if input.shape != params["partner"].shape or input.dtype.is_floating_point or input.dtype.is_complex:
+            raise ValueError(
+                f"CutnMix takes labels as {len(params['partner'])} whole numbers, one an image, "
+                f"not {tuple(input.shape)} of {input.dtype}"
+            )
         partner_B, lam_L = (params[name].to(input.device) for name in ("partner", "lam"))
         if self.num_classes is None:
             own_B, lam_L1 = input.float(), lam_L[:, None]

@@ -26,11 +26,10 @@ from cutnmix.pipeline.batch import Views
 from cutnmix.pipeline.check import undecodable
 from cutnmix.pipeline.datasets import DataError, Dataset
 from cutnmix.pipeline.distort import (
-    beside_mirror,
     colour_matrix,
     crop_start,
     hole_mask,
-    pad_images,
+    source_images,
     view_matrix,
     view_size,
 )
@@ -62,7 +61,8 @@ class DaliLoader:
         prefetch: batches that DALI works ahead; as many more files are read ahead of that.
 
     Raises:
-        DataError: while iterating, naming the first image file that does not decode.
+        DataError: for colours of images that are not RGB; while iterating, naming the first image file that does not
+            decode.
     """
 
     def __init__(
@@ -83,9 +83,7 @@ class DaliLoader:
         self.label_N = torch.from_numpy(dataset.labels).to(self.device)
         self.size = view_size(dataset, distort)
         if dataset.in_memory:
-            padded_NHWC = pad_images(dataset.array, distort.pad)
-            # A rotated view reads beyond the edge of its image, where there must be no mirror image but black.
-            self._source_NHWC = padded_NHWC if distort.rotation else beside_mirror(padded_NHWC)
+            self._source_NHWC = source_images(dataset, distort)
         self._feed: Iterator[list] = iter(())
         self._held: deque[tuple[torch.cuda.Event, dict[str, Tensor]]] = deque()
         self._started = False
@@ -115,7 +113,11 @@ class DaliLoader:
         return DALIGenericIterator(pipeline, [f"view{v}" for v in range(views)], prepare_first_batch=False)
 
     def epoch(self, plan: Plan, start: int = 0) -> Iterator[Views]:
-        """The views of steps start, start + 1, ... of a plan. An epoch left early costs nothing but its prefetch."""
+        """The views of steps start, start + 1, ... of a plan. An epoch left early costs nothing but its prefetch.
+
+        Raises: ValueError for a plan that this loader was not made for, RuntimeError after `close`.
+        """
+        plan.check(self.distort, self.num_views)
         on_host = plan.to("cpu")
         feed = self._reads(on_host, start)
         self._start(feed, not self.dataset.in_memory and _pairs(on_host))
@@ -175,7 +177,7 @@ class DaliLoader:
         if self._held:
             self._held[-1][0].synchronize()
         self._held.clear()
-        del self._iterator
+        self._iterator = None
 
     def _next_feed(self) -> list:
         return next(self._feed)  # StopIteration ends DALI's epoch
@@ -214,6 +216,8 @@ class DaliLoader:
 
     def _start(self, feed: Iterator[list], pairs: bool) -> None:
         """Begin a DALI epoch. DALI ignores a reset before it saw the end of the last one, so show it that end first."""
+        if self._iterator is None:
+            raise RuntimeError("this loader is closed")
         self._feed = iter(())
         if self._started:
             for _ in self._iterator:  # what was prefetched of an epoch that was left early

@@ -13,7 +13,7 @@ from http.client import HTTPException
 from itertools import compress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from filelock import FileLock
@@ -43,6 +43,19 @@ class Dataset:
     mean: tuple[float, ...]  # per channel, of pixels scaled to [0, 1]
     std: tuple[float, ...]
     left_out: tuple[str, ...] = ()  # the images that do not decode, where check.py looked for them
+
+    def __post_init__(self) -> None:
+        if isinstance(images := self.images, np.ndarray) and not (
+            images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == len(self.mean) == len(self.std)
+        ):
+            raise DataError(
+                f"{self.name}: images must be uint8 (N, H, W, C) with a mean and a std for each of C channels, "
+                f"not {images.dtype} {images.shape} with {len(self.mean)} and {len(self.std)}"
+            )
+        if self.labels.dtype != np.int64 or self.labels.shape != (len(images),):
+            raise DataError(
+                f"{self.name}: labels must be int64 ({len(images)},), not {self.labels.dtype} {self.labels.shape}"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -188,21 +201,26 @@ def webdataset(root: Path | None, download: bool = True, train: str | None = Non
         "val": read_members(find_shards(root, val or "val/*.tar", "data.val")),
     }
     named = root / "classes.txt"
-    if named.is_file():
-        classes = tuple(line.strip() for line in named.read_text().splitlines() if line.strip())
-    else:
-        classes = tuple(str(k) for k in range(1 + max(int(labels.max()) for _, labels in halves.values())))
-
-    def half(name: str) -> Dataset:
-        members, labels = halves[name]
-        if labels.max() >= len(classes):
-            where = members.name(int(labels.argmax()))
-            raise DataError(f"{where} is of class {labels.max()}, and {named} names {len(classes)} classes, from 0")
-        if empty := np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0).tolist():
-            raise DataError(f"data.root: no images in the {name} shards of {root} are of class {empty[0]}")
-        return Dataset(f"webdataset/{name}", members, labels, classes, IMAGENET_MEAN, IMAGENET_STD)
-
-    return Splits(half("train"), half("val"))
+    names = _lines(named) if named.is_file() else None
+    highest = max(int(labels.max()) for _, labels in halves.values())
+    num_classes = highest + 1 if names is None else len(names)
+    for name, (members, labels) in halves.items():
+        present = np.unique(labels)  # before anything of K entries is made: one stray number may be a billion
+        gaps = np.flatnonzero(present != np.arange(len(present))).tolist()
+        empty = gaps[0] if gaps else len(present)
+        if labels.max() < num_classes and empty == num_classes:
+            continue
+        where = f"{members.name(int(labels.argmax()))} is of class {labels.max()}"
+        if labels.max() >= num_classes:
+            raise DataError(f"{where}, and {named} names {num_classes} classes, from 0")
+        raise DataError(f"data.root: no images in the {name} shards of {root} are of class {empty}, and {where}")
+    classes = tuple(names or map(str, range(num_classes)))
+    return Splits(
+        *(
+            Dataset(f"webdataset/{name}", members, labels, classes, IMAGENET_MEAN, IMAGENET_STD)
+            for name, (members, labels) in halves.items()
+        )
+    )
 
 
 DATASETS: dict[str, Callable[[Path | None, bool], Splits]] = {
@@ -244,6 +262,8 @@ def load_splits(
         raise DataError(
             f"data.name: {name!r} is none of {', '.join(DATASETS)}; the nearest is {_nearest(name, DATASETS)!r}"
         )
+    if test not in get_args(TestImages):
+        raise DataError(f"test: {test!r} is none of {', '.join(get_args(TestImages))}")
     root = None if root is None else Path(root).expanduser()
     splits = webdataset(root, download, train, val) if name == "webdataset" else DATASETS[name](root, download)
     if classes is not None:
@@ -378,6 +398,17 @@ def _first(data: Dataset, images_per_class: int) -> np.ndarray:
             )
         first_N[members[:images_per_class]] = True
     return first_N
+
+
+def _lines(path: Path) -> list[str]:
+    """The names in a file, one a line; only empty lines at its end are none."""
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8: {error}") from error
+    if not all(names):
+        raise DataError(f"{path}: line {names.index('') + 1} is empty, and line k names class k - 1")
+    return names
 
 
 def _kept(images: np.ndarray | Members, kept_N: np.ndarray) -> np.ndarray | Members:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cutnmix.pipeline.datasets import Dataset
+from cutnmix.pipeline.datasets import DataError, Dataset
 from cutnmix.pipeline.plan import Distort
 
 
@@ -18,14 +18,21 @@ def view_size(dataset: Dataset, distort: Distort) -> tuple[int, int]:
     return height, width
 
 
-def pad_images(image_NHWC: np.ndarray, pad: int) -> np.ndarray:
-    """Zero (black) padding on all four sides, as torchvision's RandomCrop pads before normalisation."""
-    return np.pad(image_NHWC, ((0, 0), (pad, pad), (pad, pad), (0, 0))) if pad else image_NHWC
+def source_images(dataset: Dataset, distort: Distort) -> np.ndarray:
+    """What views of an array are cut from: (N, H + 2 pad, 2 (W + 2 pad), C), or (N, H + 2 pad, W + 2 pad, C) to turn.
 
+    Zero (black) padding on all four sides, as torchvision's RandomCrop pads before normalisation, and then each image
+    with its mirror image to the right, so that a flipped crop is only another crop. But a rotated view reads beyond the
+    edge of its image, where there must be no mirror image but black.
 
-def beside_mirror(image_NHWC: np.ndarray) -> np.ndarray:
-    """(N, H, 2 W, C): each image with its mirror image to the right, so that a flipped crop is only another crop."""
-    return np.concatenate([image_NHWC, image_NHWC[:, :, ::-1]], axis=2)
+    Raises: DataError where colour is to be drawn for images that are not RGB.
+    """
+    image_NHWC, pad = dataset.array, distort.pad
+    if distort.colour.active and (channels := image_NHWC.shape[-1]) != 3:
+        raise DataError(f"distort.colour: {dataset.name} has {channels} channel(s), and colour is drawn for RGB, 3")
+    if pad:
+        image_NHWC = np.pad(image_NHWC, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    return image_NHWC if distort.rotation else np.concatenate([image_NHWC, image_NHWC[:, :, ::-1]], axis=2)
 
 
 def crop_start(crop_VB2: Tensor, flip_VB: Tensor, width: int, pad: int) -> Tensor:

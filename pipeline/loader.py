@@ -53,8 +53,10 @@ def make_loader(
     `num_views`, `batch_size`, `num_threads` and `prefetch` shape DALI's pipeline.
 
     Raises:
-        DataError: if dali is asked for and not installed, or resident for a folder of files.
+        DataError: for another name, if dali is asked for and not installed, or resident for image files.
     """
+    if name not in (allowed := ("auto", "dali", "resident")):
+        raise DataError(f"loader.name: {name!r} is none of {', '.join(allowed)}")
     has_dali = importlib.util.find_spec("nvidia.dali") is not None if importlib.util.find_spec("nvidia") else False
     if name == "dali" and not has_dali:
         raise DataError("loader.name: dali is not installed here (it exists for Linux only); use loader.name=resident")

@@ -80,7 +80,7 @@ class Distort(_Law):
     colour: Colour = Colour()
     rotation: Annotated[float, Field(ge=0, le=180)] = 0.0
     cutout: Annotated[int, Field(ge=0)] = 0
-    # The next three are for data sets of image files: a random resized crop, or the centre for evaluation.
+    # The rest is for data sets of image files: a random resized crop, or the centre for evaluation.
     image_size: Annotated[int, Field(ge=1)] = 224
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -156,6 +156,7 @@ class Draws(NamedTuple):
 class Plan:
     """All draws of one epoch, as tensors. Fields as in Draws, over N positions or S steps instead of one batch."""
 
+    distort: Distort  # the law of the distortions below
     batch_size: int  # images that a loader reads a step: B, or 2 B with second views
     second: bool  # whether each step's images are B of the batch, then their B second views
     index_N: Tensor
@@ -179,6 +180,21 @@ class Plan:
     def num_views(self) -> int:
         """V."""
         return self.flip_VN.shape[0]
+
+    def check(self, distort: Distort, num_views: int | None = None) -> None:
+        """Raises: ValueError that names what a loader made for these cannot execute."""
+
+        def told(law: Distort, views: int | None) -> dict[str, Any]:
+            shape = {"distort.pad": law.pad, "distort.image_size": law.image_size, "distort.region": law.region}
+            drawn = {"distort.rotation": law.rotation > 0, "distort.colour": law.colour.active}
+            return shape | drawn | ({} if num_views is None else {"num_views": views})
+
+        loader, plan = told(distort, num_views), told(self.distort, self.num_views)
+        if wrong := [key for key, value in plan.items() if value != loader[key]]:
+            raise ValueError(
+                "this plan was not drawn for this loader: "
+                + "; ".join(f"{key} is {plan[key]} in the plan, {loader[key]} in the loader" for key in wrong)
+            )
 
     def to(self, device: torch.device | str) -> "Plan":
         """The plan on a device: once an epoch, asynchronously (from pinned memory) where the device is a GPU."""
@@ -378,6 +394,7 @@ def make_plan(
         partner_N = torch.from_numpy(np.lexsort((key_N, group_N, step_N)) - step_N * batch_size)
         box_SM4, lam_SL = _boxes(seed, epoch, steps, mix, num_peers if mix.name == "cutnmix" else 1, width, height)
     return Plan(
+        distort=distort,
         batch_size=batch_size * (2 if second else 1),
         second=second is not None,
         index_N=torch.from_numpy(index_N),

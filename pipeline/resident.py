@@ -14,11 +14,10 @@ from torch.nn import functional as F
 from cutnmix.pipeline.batch import Views
 from cutnmix.pipeline.datasets import DataError, Dataset
 from cutnmix.pipeline.distort import (
-    beside_mirror,
     colour_matrix,
     crop_start,
     hole_mask,
-    pad_images,
+    source_images,
     view_matrix,
     view_size,
 )
@@ -35,7 +34,7 @@ class ResidentPixels(NamedTuple):
 
     @property
     def image_VBCHW(self) -> Tensor:
-        """Crop and flip as bytes; with rotation or colour, float32 in [0, 255]. channels_last."""
+        """Crop and flip as bytes; with rotation or colour, float32, not clamped to [0, 255]. channels_last."""
         draws = self.draws
         if self.first_VB is not None:
             image_VBHWC = gather_crops(self.source_NHWC, self.first_VB, self.size)
@@ -67,7 +66,7 @@ class ResidentLoader:
         device: where images live and views are made.
 
     Raises:
-        DataError: for a data set of image files.
+        DataError: for a data set of image files, and for colours of images that are not RGB.
     """
 
     def __init__(self, dataset: Dataset, distort: Distort, device: torch.device | str = "cpu"):
@@ -77,20 +76,20 @@ class ResidentLoader:
                 f"image files with random resized crops: use loader.name=dali"
             )
         self.device = torch.device(device)
-        self.pad = distort.pad
+        self.distort = distort
         self.size = view_size(dataset, distort)
         self.label_N = torch.from_numpy(dataset.labels).to(self.device)
-        padded_NHWC = pad_images(dataset.array, distort.pad)
-        # A rotated view reads beyond the edge of its image, where there must be no mirror image but black.
-        source_NHWC = padded_NHWC if distort.rotation else beside_mirror(padded_NHWC)
-        self.source_NHWC = torch.from_numpy(source_NHWC).to(self.device)
+        self.source_NHWC = torch.from_numpy(source_images(dataset, distort)).to(self.device)
 
     def epoch(self, plan: Plan, start: int = 0) -> Iterator[Views]:
         """The views of steps start, start + 1, ... of a plan that is on this loader's device.
 
         Labels and the places of the crops are looked up for the whole epoch at once: a step of small images is paid for
         by the call, not by the byte.
+
+        Raises: ValueError for a plan that this loader was not made for.
         """
+        plan.check(self.distort)
         if start >= len(plan):
             return
         label_N, first_VN = self._look_up(plan.positions(0, len(plan.index_N)))
@@ -107,7 +106,7 @@ class ResidentLoader:
         label_B = self.label_N[draws.index_B]
         if draws.angle_VB is not None:
             return label_B, None
-        start_VB2 = crop_start(draws.crop_VB2, draws.flip_VB, self.size[1], self.pad)
+        start_VB2 = crop_start(draws.crop_VB2, draws.flip_VB, self.size[1], self.distort.pad)
         return label_B, first_pixel(self.source_NHWC, draws.index_B, start_VB2)
 
     def _views(self, draws: Draws, label_B: Tensor, first_VB: Tensor | None) -> Views:

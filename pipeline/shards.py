@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, TemporaryFile
 from typing import NamedTuple
 from zipfile import BadZipFile
 
@@ -89,11 +89,12 @@ def find_shards(root: Path, pattern: str, key: str) -> tuple[Path, ...]:
     """
     found: list[Path] = []
     for name in _expand_braces(pattern):
-        path = root / name
-        matches = [Path(match) for match in glob.glob(str(path))] if glob.has_magic(name) else [path]
+        matches = glob.glob(name, root_dir=root) if glob.has_magic(name) else [name]
         if not matches:
-            raise DataError(f"{key}: no file fits {path}")
-        found += matches
+            raise DataError(f"{key}: no file fits {root / name}")
+        found += [root / match for match in matches]
+    if not found:
+        raise DataError(f"{key}: {pattern} names no file, as its range runs downwards")
     if missing := [str(path) for path in found if not path.is_file()]:
         raise DataError(f"{key}: {len(missing)} of {len(found)} shards are missing: {', '.join(missing[:3])}")
     return tuple(sorted(set(found)))
@@ -104,9 +105,8 @@ def read_members(shards: tuple[Path, ...]) -> tuple[Members, np.ndarray]:
 
     Raises: DataError that names the shard, and the sample.
     """
-    folder = cache_folder() / "shards"
+    folder = cache_folder("shards")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         # The ranks of a run come at once: the first reads the headers, the others wait and find them read.
         with FileLock(folder / ".lock"), ThreadPoolExecutor(8) as pool:
             indices = list(pool.map(lambda shard: _cached_index(shard, folder), shards))
@@ -121,9 +121,19 @@ def read_members(shards: tuple[Path, ...]) -> tuple[Members, np.ndarray]:
     return members, np.concatenate([index.label for index in indices])
 
 
-def cache_folder() -> Path:
-    """Where what is known of files is kept: $XDG_CACHE_HOME/cutnmix, or ~/.cache/cutnmix."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cutnmix"
+def cache_folder(kind: str) -> Path:
+    """Where what is known of files is kept: $XDG_CACHE_HOME/cutnmix/KIND, or ~/.cache/cutnmix/KIND; it is made.
+
+    Raises: DataError where nothing can be written there.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cutnmix" / kind
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written to ({error}): set XDG_CACHE_HOME to a folder that can") from error
+    return folder
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -1,6 +1,7 @@
 """CutnMix: every pixel from self or partner, every target worth its pixels, for the functions and the Kornia class."""
 
 import doctest
+import re
 
 import kornia.augmentation as K
 import numpy as np
@@ -325,6 +326,8 @@ def test_partners_are_uniform_permutations():
         ({"p": -0.1}, "p must"),
         ({"p": 1.1}, "p must"),
         ({"box_rule": "clip"}, "box_rule.*clip_shared.*'clip'"),
+        ({"num_classes": 0}, "num_classes must be None or a whole number of at least 1, not 0"),
+        ({"num_classes": 2.5}, r"num_classes .* not 2\.5"),
     ],
 )
 def test_a_wrong_argument_is_refused_by_name(arguments, named):
@@ -348,6 +351,28 @@ def test_wrong_images_are_refused_with_their_shape_or_type(shape, dtype, said, r
     params = mix._params if replay else None
     with pytest.raises((ValueError, TypeError), match=said):
         mix(torch.zeros(shape, dtype=dtype), labels(), params=params)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [one_hot(labels(), NUM_CLASSES), labels()[:, None], labels() + 0.5, labels(B - 1)],
+    ids=["one-hot", "a column", "fractions", "too few"],
+)
+@pytest.mark.parametrize("num_classes", [None, NUM_CLASSES])
+def test_wrong_labels_are_refused_with_their_shape_and_type(wrong, num_classes):
+    said = re.escape(f"labels as {B} whole numbers, one an image, not {tuple(wrong.shape)} of {wrong.dtype}")
+    with pytest.raises(ValueError, match=said):
+        mixer(num_classes=num_classes)(noise(B, C, H, W), wrong)
+
+
+def test_no_input_is_dropped_for_want_of_a_key():
+    mix = CutnMix(2, num_classes=NUM_CLASSES)
+    with pytest.raises(ValueError, match=r"2 inputs for 1 data_keys \(image\)"):
+        mix(noise(B, C, H, W), labels())
+    with pytest.raises(ValueError, match="without images there is nothing to draw for"):
+        mix(labels(), data_keys=["class"])
+    mix(noise(B, C, H, W))
+    assert mix(labels(), data_keys=["class"], params=mix._params).shape == (B, NUM_CLASSES)
 
 
 @pytest.mark.parametrize("key", ["mask", "bbox", "keypoints"])

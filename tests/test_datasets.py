@@ -22,7 +22,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
-from cutnmix.pipeline.datasets import DATASETS, DataError, load_splits
+from cutnmix.pipeline.datasets import DATASETS, DataError, Dataset, load_splits
 
 FILES = ["data_batch_1", "data_batch_2", "test_batch", "batches.meta"]
 ONE_DOWNLOAD = 2  # requests: torchvision asks once for redirections and once for the content
@@ -503,6 +503,32 @@ def test_wrong_selection_is_refused_by_its_key(keys, message):
 def test_unknown_data_set_is_refused_with_the_nearest():
     with pytest.raises(DataError, match=r"data.name: 'cifar' is none of cifar10, .*; the nearest is 'cifar10'"):
         load_splits("cifar")
+
+
+def test_unknown_test_images_are_refused():
+    with pytest.raises(DataError, match="test: 'unusd' is none of test, unused"):
+        load_splits("digits", images_per_class=9, test="unusd")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"images": np.zeros((4, 8, 8, 3), np.float32)}, r"images must be uint8 .* not float32 \(4, 8, 8, 3\)"),
+        ({"images": np.zeros((4, 8, 8), np.uint8)}, r"\(N, H, W, C\) .* not uint8 \(4, 8, 8\)"),
+        ({"images": np.zeros((4, 8, 8, 1), np.uint8)}, r"not uint8 \(4, 8, 8, 1\) with 3 and 3"),
+        ({"std": (0.2,)}, "with 3 and 1"),
+        ({"labels": np.zeros(3, np.int64)}, r"labels must be int64 \(4,\), not int64 \(3,\)"),
+        ({"labels": np.zeros(4)}, "labels must be .* not float64"),
+    ],
+)
+def test_a_data_set_made_by_hand_is_checked(change, said):
+    fields = dict(
+        name="mine", images=np.zeros((4, 8, 8, 3), np.uint8), labels=np.zeros(4, np.int64), classes=("a", "b"),
+        mean=(0.5,) * 3, std=(0.2,) * 3,
+    )  # fmt: skip
+    Dataset(**fields)
+    with pytest.raises(DataError, match=f"mine: .*{said}"):
+        Dataset(**(fields | change))
 
 
 @pytest.mark.parametrize("name", sorted(DATASETS.keys() - {"digits"}))

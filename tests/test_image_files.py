@@ -190,6 +190,15 @@ def test_a_missing_shard_is_named(tmp_path):
         find_shards(tmp_path, "a-{0..2}.tar", "data.train")
     with pytest.raises(DataError, match=rf"data\.val: no file fits {tmp_path}/val/\*\.tar"):
         find_shards(tmp_path, "val/*.tar", "data.val")
+    with pytest.raises(DataError, match=r"data\.train: a-\{2\.\.0\}\.tar names no file, as its range runs downwards"):
+        find_shards(tmp_path, "a-{2..0}.tar", "data.train")
+
+
+def test_only_the_pattern_has_wildcards_not_the_folder(tmp_path):
+    root = tmp_path / "run[1]"
+    shard = write_tar(root / "train" / "0.tar", {"a.jpg": JPEG, "a.cls": b"0"})
+    assert find_shards(root, "train/*.tar", "data.train") == (shard,)
+    assert find_shards(root, f"{tmp_path}/run?1?/train/*.tar", "data.train") == (shard,)
 
 
 JPEG = encoded(picture(20, 20))
@@ -225,11 +234,38 @@ def test_a_damaged_shard_is_named(damage, tmp_path):
 def test_classes_of_shards_are_checked(tmp_path):
     for half in ("train", "val"):
         write_tar(tmp_path / half / "0.tar", {"a.jpg": JPEG, "a.cls": b"0", "b.jpg": JPEG, "b.cls": b"2"})
-    with pytest.raises(DataError, match=r"no images in the train shards of .* are of class 1"):
+    with pytest.raises(
+        DataError, match=r"no images in the train shards .* are of class 1, and .*: b\.jpg is of class 2"
+    ):
         load_splits("webdataset", tmp_path)
     (tmp_path / "classes.txt").write_text("ant\nbee\n")
     with pytest.raises(DataError, match=r"train/0\.tar: b\.jpg is of class 2, and .*classes\.txt names 2 classes"):
         load_splits("webdataset", tmp_path)
+
+
+def test_one_stray_number_does_not_fill_the_memory(tmp_path):
+    for half in ("train", "val"):
+        write_tar(tmp_path / half / "0.tar", {"a.jpg": JPEG, "a.cls": b"0", "b.jpg": JPEG, "b.cls": b"999999999"})
+    with pytest.raises(DataError, match=r"are of class 1, and .*train/0\.tar: b\.jpg is of class 999999999"):
+        load_splits("webdataset", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"ant\n\nbee\n", "line 2 is empty"), ("\u00e4nt\nbee\n".encode("latin-1"), "cannot be read as UTF-8")],
+)
+def test_names_of_classes_are_read_as_they_stand(content, said, roots, tmp_path):
+    (tmp_path / "shards").symlink_to(roots["webdataset"])
+    (tmp_path / "classes.txt").write_bytes(content)
+    with pytest.raises(DataError, match=rf"{tmp_path}/classes\.txt.*{said}"):
+        load_splits("webdataset", tmp_path, train="shards/train/*.tar", val="shards/val/*.tar")
+
+
+@pytest.mark.parametrize("kind", ["folder", "webdataset"])
+def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(kind, roots, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    with pytest.raises(DataError, match=r"/proc/none/cutnmix/\w+ cannot be written to .*: set XDG_CACHE_HOME"):
+        check.without_corrupt(load_splits(kind, roots[kind]).train)
 
 
 def test_a_changed_shard_is_read_again_and_an_unchanged_one_is_not(tmp_path, monkeypatch):
@@ -251,7 +287,7 @@ def test_a_changed_shard_is_read_again_and_an_unchanged_one_is_not(tmp_path, mon
 def test_a_broken_index_is_made_again(content, tmp_path):
     shard = write_tar(tmp_path / "0.tar", {"a.jpg": JPEG, "a.cls": b"0"})
     read_members((shard,))
-    (index,) = (cache_folder() / "shards").glob("*.npz")
+    (index,) = cache_folder("shards").glob("*.npz")
     index.write_bytes(content)
     members, _ = read_members((shard,))
     assert members.read(0) == JPEG
@@ -455,6 +491,15 @@ def test_a_class_of_which_no_image_decodes_is_refused(tmp_path):
     train = load_splits("folder", spoilt("folder", tmp_path, dict.fromkeys((3, 4, 5), b""))).train
     with pytest.raises(DataError, match=r"folder/train: no image of class 'bee' decodes: .*/bee/3\.jpg"):
         check.without_corrupt(train)
+
+
+def test_a_class_may_have_no_unused_image(tmp_path):
+    root = spoilt("folder", tmp_path, {})
+    for path in sorted((root / "train" / "ant").iterdir())[2:]:
+        path.unlink()
+    unused = load_splits("folder", root, images_per_class=2, test="unused").test
+    assert "ant" in unused.classes and 0 not in unused.labels
+    assert len(check.without_corrupt(unused)) == len(unused) == 2
 
 
 # Threads

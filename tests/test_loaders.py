@@ -16,6 +16,7 @@ from torch import Tensor
 from cutnmix.pipeline.batch import Batch, Views
 from cutnmix.pipeline.datasets import DataError, Dataset, load_splits
 from cutnmix.pipeline.distort import colour_matrix
+from cutnmix.pipeline.loader import make_loader
 from cutnmix.pipeline.mix import MixBatch
 from cutnmix.pipeline.plan import Colour, Distort, Draws, Mix, Plan, make_plan
 from cutnmix.pipeline.resident import ResidentLoader
@@ -369,10 +370,60 @@ def test_an_epoch_without_steps_has_no_views(loader, dataset):
 
 
 @LOADERS
-def test_can_be_closed(loader, dataset):
+def test_can_be_closed_and_closed_again(loader, dataset):
     used = loader_of(loader, dataset)
     next(used.epoch(plan_of(dataset)))
     used.close()
+    used.close()
+
+
+def test_a_closed_dali_loader_says_so(dataset):
+    used = loader_of("dali", dataset)
+    used.close()
+    with pytest.raises(RuntimeError, match="this loader is closed"):
+        next(used.epoch(plan_of(dataset)))
+
+
+@pytest.mark.parametrize(
+    ("drawn", "said"),
+    [
+        (Distort(pad=2), "distort.pad is 2 in the plan, 3 in the loader"),
+        (BARE.model_copy(update={"colour": COLOUR}), "distort.colour is True in the plan, False in the loader"),
+        (BARE.model_copy(update={"rotation": 5.0}), "distort.rotation is True in the plan, False in the loader"),
+        (Distort(pad=3).evaluation(), "distort.pad is 0 in the plan, .*; distort.region is centre in the plan, random"),
+    ],
+)
+@LOADERS
+def test_a_plan_of_other_distortions_is_refused(loader, drawn, said, dataset):
+    with pytest.raises(ValueError, match=f"this plan was not drawn for this loader: {said}"):
+        next(loader_of(loader, dataset).epoch(plan_of(dataset, drawn)))
+
+
+@LOADERS
+def test_what_only_the_plan_decides_may_differ(loader, dataset):
+    plan = plan_of(dataset, Distort(pad=3, flip=0.1, cutout=5))
+    assert next(loader_of(loader, dataset).epoch(plan)).hole_VBHW is not None
+
+
+def test_dali_refuses_a_plan_of_another_number_of_views(dataset):
+    with pytest.raises(ValueError, match="num_views is 2 in the plan, 1 in the loader"):
+        next(loader_of("dali", dataset, V=1).epoch(plan_of(dataset, V=2)))
+
+
+@LOADERS
+def test_grey_images_have_no_colours(loader, dataset):
+    grey = replace(dataset, images=dataset.array[..., :1].copy(), mean=(0.5,), std=(0.2,))
+    assert same(
+        *([views.made() for views in loader_of(name, grey).epoch(plan_of(grey))][-1] for name in ("dali", "resident"))
+    )
+    with pytest.raises(DataError, match=r"distort\.colour: noise/train has 1 channel\(s\)"):
+        loader_of(loader, grey, DISTORTIONS["colour"][0])
+
+
+@pytest.mark.parametrize("name", ["residnet", "Resident", ""])
+def test_another_loader_is_refused_with_what_there_is(name, dataset):
+    with pytest.raises(DataError, match=f"loader.name: '{name}' is none of auto, dali, resident"):
+        make_loader(name, dataset, BARE, num_views=2, batch_size=BATCH)
 
 
 @pytest.mark.cifar
@@ -495,7 +546,8 @@ def test_files_too_are_turned_recoloured_and_cut_out(folder):
         # The flip was already in the plain view, and a flipped picture turns as any other.
         turned = draws._replace(index_B=torch.arange(len(draws.index_B)), flip_VB=torch.zeros_like(draws.flip_VB))
         for v in range(2):
-            seen = Dataset("", pixels(before)[v].astype(np.uint8), folder.labels, ("a",), (0.0,), (1.0,))
+            image = pixels(before)[v].astype(np.uint8)
+            seen = Dataset("seen", image, folder.labels[: len(image)], ("a",), (0.0,) * 3, (1.0,) * 3)
             np.testing.assert_allclose(pixels(after)[v], oracle.views(seen, 0, turned)[v], rtol=0, atol=0.05)
         assert np.array_equal(after.hole_VBHW.numpy(), oracle.holes(draws, 20, 20))
 

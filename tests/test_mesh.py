@@ -249,6 +249,12 @@ def test_alone_nothing_is_computed():
         (["mesh.peer=3", "peers.count=4"], "mesh.peer (command line): 4 peers cannot be cut into 3 parts"),
         (["mesh.data=3"], "mesh.data (command line): batch_size 64 is no multiple of 3"),
         (["mesh.data=2", "mix.groups=1"], "mix.groups (command line): 1 is no multiple of mesh.data, 2"),
+        (["mix.groups=64"], "mix.groups (command line): a batch of 64 in 64 part(s)"),
+        (
+            ["mesh.data=64"],
+            "mesh.data (command line): a batch of 64 in 64 part(s), mix.groups, leaves every",
+        ),
+        (["batch_size=1"], "batch_size (command line): a batch of 1 in 1 part(s)"),
         (["mix.groups=3"], "mix.groups (command line): batch_size 64 is no multiple of 3"),
         (["mesh.peer=2", "peers.form=branches"], "branches share one trunk"),
         (["mesh.peer=2", "method=pcl"], "pcl cannot be split along it: its ensemble"),

@@ -45,7 +45,9 @@ class Loader(_Group):
     """How they reach the device. auto: dali where it is installed, resident elsewhere; both give the same pixels."""
 
     name: Literal["auto", "dali", "resident"] = "auto"
-    threads: Annotated[int, Field(ge=1)] | None = None  # of DALI; None: 1 beside CPU training, else all cores
+    threads: Annotated[int, Field(ge=1)] | None = (
+        None  # of DALI; None: 1 beside CPU training, else a share of the cores
+    )
     prefetch: Annotated[int, Field(ge=1)] = 2
 
 
@@ -306,6 +308,12 @@ def _check_mesh(config: Config, origin: Callable[[str], str]) -> None:
     for key, number in parts:
         if config.batch_size % number:
             raise ConfigError(f"{key} ({origin(key)}): batch_size {config.batch_size} is no multiple of {number}")
+    if config.mix.has_partner and groups == config.batch_size:
+        key = "batch_size" if groups == 1 else "mesh.data" if groups == mesh.data else "mix.groups"
+        raise ConfigError(
+            f"{key} ({origin(key)}): a batch of {config.batch_size} in {groups} part(s), mix.groups, leaves every "
+            f"image to be mixed with itself; 2 images a part are needed, or mix=none"
+        )
     if config.mix.has_partner and groups % mesh.data:
         raise ConfigError(
             f"mix.groups ({origin('mix.groups')}): {groups} is no multiple of mesh.data, {mesh.data}: "
