@@ -91,7 +91,7 @@ class DaliLoader:
         # Part of a run's cost is fixed, so that batches of small images go through the graph several at a time.
         self._steps_per_read = max(1, _READ // batch_size) if dataset.in_memory else 1
         self._pairs = False  # whether each image read is for two positions of a step, the second views' included
-        self._iterator = self._build()
+        self._iterator: Any = self._build()
 
     def _build(self) -> Any:
         on_gpu = self.device.type == "cuda"
