@@ -14,6 +14,7 @@ from rich.console import Console
 from cutnmix.benchmarks import loaders, memory, methods, mixes, peers, plots, records, steps, tables
 from cutnmix.benchmarks.measure import checkout
 from cutnmix.pipeline import Dataset, load_splits
+from cutnmix.trainer.options import Network
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Measure what things cost here.", pretty_exceptions_enable=False
@@ -25,7 +26,6 @@ Views = Annotated[str, typer.Option(help="the values of J, with commas")]
 Rounds = Annotated[int, typer.Option(min=1, help="of which the median is taken; all contenders run once in each")]
 Seconds = Annotated[float, typer.Option(help="that each figure of a round takes, without its warm-up")]
 Batch = Annotated[int, typer.Option(min=2, help="images")]
-Network = Annotated[str, typer.Option(help="as in cutnmix models")]
 Json = Annotated[Path | None, typer.Option("--json", help="write the record to this file too")]
 Out = Annotated[
     Path | None, typer.Option(help="folder of records and plots: benchmarks/results of a checkout, or else this one")
@@ -268,9 +268,12 @@ def _data(root: Path | None) -> Dataset:
 
 def _numbers(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",") if part]
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is no list of numbers such as 1,2,4") from error
+        numbers = [int(part) for part in text.split(",") if part]
+    except ValueError:
+        numbers = [0]
+    if any(number < 1 for number in numbers):
+        raise typer.BadParameter(f"{text!r} is no list of numbers such as 1,2,4")
+    return numbers
 
 
 def _device(name: str) -> torch.device:

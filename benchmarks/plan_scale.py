@@ -33,6 +33,7 @@ from cutnmix.trainer.config import ConfigError, load_config
 from cutnmix.trainer.device import Setting, choose, compile_modules
 from cutnmix.trainer.folder import RunError
 from cutnmix.trainer.methods import METHODS
+from cutnmix.trainer.options import Network
 from cutnmix.trainer.step import Step, Tally
 
 GB, MIB = 1e9, 2**20
@@ -189,7 +190,7 @@ def plan_scale(
     context: typer.Context,
     peers: Annotated[int, typer.Option(min=1, help="J; with --check the largest")] = 8,
     devices: Annotated[int, typer.Option(min=1, help="N; with --check processes on this machine")] = 2,
-    network: Annotated[str, typer.Option(help="of all peers, as in cutnmix models")] = "resnet32",
+    network: Network = "resnet32",
     batch: Annotated[int, typer.Option(min=2, help="images of a step, on all devices together")] = 128,
     classes: Annotated[int, typer.Option(min=2, help="K")] = 100,
     image_size: Annotated[
@@ -197,9 +198,10 @@ def plan_scale(
     ] = None,
     method: Annotated[str, typer.Option(help=", ".join(scale.METHODS))] = "cutnmix",
     link_gbps: Annotated[
-        str, typer.Option(help="1e9 BITS/s of a device to the next, each way; peer,data where the axes differ")
+        str,
+        typer.Option(help="1e9 BITS/s of a device to the next, each way, if N > 1; peer,data where the axes differ"),
     ] = "",
-    latency_us: Annotated[str, typer.Option(help="microseconds of a message; or peer,data")] = "",
+    latency_us: Annotated[str, typer.Option(help="microseconds of a message, if N > 1; or peer,data")] = "",
     memory_gb: Annotated[float | None, typer.Option(min=0, help="of a device, 1e9 bytes; no limit")] = None,
     data_gb: Annotated[float, typer.Option(min=0, help="of a data set that every device keeps, 1e9 bytes")] = 0.0,
     measured: Annotated[Path | None, typer.Option(help="read what one peer costs instead of measuring it")] = None,
@@ -314,6 +316,9 @@ def _links(gbps: str, latency_us: str, devices: int) -> dict[str, scale.Link]:
     """Of the axes; one device has none."""
     if devices == 1:
         return {}
+    given = {"--link-gbps": gbps, "--latency-us": latency_us}
+    if missing := [option for option, text in given.items() if not text]:
+        raise ConfigError(f"{' and '.join(missing)}: needed for more devices than one (--devices {devices})")
     speeds = _per_axis("--link-gbps", gbps, least=math.ulp(0.0))
     latencies = _per_axis("--latency-us", latency_us, least=0.0)
     return {
@@ -330,7 +335,7 @@ def _per_axis(option: str, text: str, least: float) -> list[float]:
     if len(values) not in (1, 2) or not all(least <= value < math.inf for value in values):
         above = "> 0" if least else ">= 0"
         raise ConfigError(
-            f"{option}: needed for more devices than one: a number {above}, or two as 900,100; got {text!r}"
+            f"{option}: must be a number {above}, or two of them, peer,data, such as 900,100; got {text!r}"
         )
     return values * 2 if len(values) == 1 else values
 

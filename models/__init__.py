@@ -55,12 +55,15 @@ def build_network(name: str, num_classes: int) -> nn.Module:
     Raises: ValueError, with the key `peers.network`, for an unknown name (with the nearest one), where timm is needed
     and missing, and for a network of a library that does not end in one linear head.
     """
-    if name in NETWORKS:
-        return NETWORKS[name](num_classes)
+    check_name(name)
+    return NETWORKS[name](num_classes) if name in NETWORKS else borrow(name, num_classes)
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError, with the key `peers.network`, for an unknown network, or where timm is needed and missing."""
     library, _, rest = name.partition(".")
-    if library in LIBRARIES and rest in library_names(library):
-        return borrow(name, num_classes)
-    raise ValueError(
-        f"peers.network: no {name!r}, did you mean {nearest(name, NETWORKS)!r}? "
-        f"Allowed: {', '.join(NETWORKS)}, torchvision.NAME, timm.NAME"
-    )
+    if name not in NETWORKS and not (library in LIBRARIES and rest in library_names(library)):
+        raise ValueError(
+            f"peers.network: no {name!r}, did you mean {nearest(name, NETWORKS)!r}? "
+            f"Allowed: {', '.join(NETWORKS)}, torchvision.NAME, timm.NAME"
+        )

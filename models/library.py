@@ -11,7 +11,7 @@ their auxiliary classifiers.
 import inspect
 import re
 from collections.abc import Callable, Iterable
-from difflib import SequenceMatcher
+from difflib import SequenceMatcher, get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, cast
@@ -83,12 +83,18 @@ def library_names(library: str) -> list[str]:
 def nearest(name: str, ours: Iterable[str]) -> str:
     """The name most like it among ours and those of the libraries that are there.
 
-    First by what stands behind the library's name, so that resnet18 is torchvision.resnet18 sooner than resnet110; then
-    by the library's; torchvision, which is always there, before timm.
+    Of the library that it names, where that is one. Else the very same name of a library, so that resnet18 is
+    torchvision.resnet18 sooner than resnet110; else one of ours that begins so, or is much like it; else any, first by
+    what stands behind the library's name, then by the library's; torchvision, which is always there, before timm.
     """
-    libraries = [library for library in LIBRARIES if find_spec(library)]
+    ours, libraries = list(ours), [library for library in LIBRARIES if find_spec(library)]
     names = [*ours, *(f"{library}.{rest}" for library in libraries for rest in library_names(library))]
     rest, library = _parts(name)
+    if library in libraries:
+        names = [known for known in names if _parts(known)[1] == library]
+    elif not library and all(_parts(known)[0] != rest for known in names):
+        longer = [known for known in ours if rest and known.startswith(rest)]
+        names = longer or get_close_matches(rest, ours, n=1, cutoff=0.8) or names
 
     def likeness(known: str) -> tuple[float, float]:
         known_rest, known_library = _parts(known)

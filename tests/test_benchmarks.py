@@ -152,7 +152,15 @@ def test_the_command_line_passes_on(monkeypatch, tmp_path, capsys):
     assert "kornia RandomCutMixV2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [["mix", "--views=1,a"], ["mix", "--device=tpu"], ["step", "--rounds=0"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["mix", "--views=1,a"],
+        ["mix", "--device=tpu"],
+        ["step", "--rounds=0"],
+        ["mix", "--views=0"],
+    ],
+)
 def test_what_makes_no_sense_is_refused(options):
     with pytest.raises(SystemExit) as left:
         commands.app(options)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from itertools import product
 from pathlib import Path
 
@@ -28,11 +29,11 @@ from cutnmix.trainer.methods import METHODS
 SMALL = ["data.images_per_class=8", "epochs=2", "log_every=1"]
 
 
-def cutnmix(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def cutnmix(*arguments: str | Path, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, without a terminal."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
-        [sys.executable, "-m", "cutnmix.trainer", *arguments], capture_output=True, text=True, env=env
+        [sys.executable, "-m", "cutnmix.trainer", *arguments], capture_output=True, text=True, env=env, cwd=folder
     )
 
 
@@ -216,6 +217,52 @@ def test_report_works_before_the_first_evaluation(tmp_path, command):
 # Mistakes: exit code 2, one line, no traceback, nothing left behind
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "verb", "said"),
+    [
+        ("last", b"half a checkpoint", "evaluate", "is damaged, or no checkpoint ("),
+        ("last", b"", "evaluate", "is damaged, or no checkpoint ("),
+        ("metrics", b'{"kind": "test"\n', "report", ": line 1 is damaged ("),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(name, content, verb, said, tmp_path, command):
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(load_config("quickstart"))
+    path = getattr(folder, name)
+    path.write_bytes(content)
+    code, _, error = command(verb, folder.path)
+    assert code == 2 and error.startswith(f"error: {path}{said if said[0] == ':' else ' ' + said}")
+    assert error.count("\n") == 1
+
+
+def test_a_table_that_cannot_be_written_is_named(trained, command, tmp_path):
+    folder, _ = trained
+    code, _, error = command("compare", folder.path, "--csv", tmp_path)
+    assert (code, error) == (2, f"error: {tmp_path} cannot be written: Is a directory\n")
+
+
+def test_what_a_module_of_ones_own_adds_is_there_for_every_command(tmp_path):
+    module = """
+        from cutnmix.models import NETWORKS
+        from cutnmix.pipeline.datasets import DATASETS, digits
+        from cutnmix.trainer.methods import METHODS
+        from cutnmix.trainer.methods.dml import DML
+
+        METHODS["mine"], DATASETS["ours"], NETWORKS["theirs"] = DML, digits, NETWORKS["resnet20"]
+    """
+    (tmp_path / "my_parts.py").write_text(textwrap.dedent(module))
+    names = ["method=mine", "data=ours", "peers.network=theirs", "loader=resident", "mix=none"]
+    run_keys = [*SMALL, "epochs=1", *names, "runs=runs", "name=own"]
+    for command in (["train", "quickstart", *run_keys, "imports=[my_parts]"], ["evaluate", "runs/own"]):
+        done = cutnmix(*command, folder=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert "mean" in done.stdout
+    done = cutnmix("train", "quickstart", *run_keys, "name=other", "imports=[my_part]", folder=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: imports (command line): 'my_part' cannot be imported (ModuleNotFoundError: ")
+    assert f"modules are looked for in {tmp_path} and" in done.stderr
+
+
 def test_a_mistake_is_one_line_and_no_traceback(tmp_path):
     done = cutnmix("train", "quickstart", "epohcs=1", f"runs={tmp_path / 'runs'}")
     assert (done.returncode, done.stdout) == (2, "")
@@ -229,6 +276,8 @@ def test_a_mistake_is_one_line_and_no_traceback(tmp_path):
     [
         ("method.temprature=2", "method.temprature (command line): unknown key; did you mean method.temperature?"),
         ("method.temperature=-2", "method.temperature must be > 0"),
+        ("method.name=[dml]", "method.name (command line): ['dml'] is not a method"),
+        ("imports=my_methods", "imports (command line): Input should be a valid list"),
         ("peers.count=1", "peers.count (command line): cutnmix needs at least 2 peers, got 1"),
         ("peers.network=resnt20", "peers.network: no 'resnt20', did you mean 'resnet20'?"),
         ("data=digit", f"data.name: 'digit' is none of {', '.join(DATASETS)}; the nearest is 'digits'"),
@@ -266,6 +315,19 @@ def test_a_folder_that_holds_a_run_is_refused(trained, command):
     code, _, error = command("train", "quickstart", *SMALL, f"runs={folder.path.parent}", f"name={folder.path.name}")
     assert code == 2
     assert error == f"error: {folder.path} holds a run already: resume=auto goes on with it, name=NAME starts another\n"
+
+
+def test_a_misspelt_network_is_met_before_data_is_fetched(command, tmp_path):
+    keys = ["peers.network=resnet33", f"data.root={tmp_path / 'data'}", f"runs={tmp_path / 'runs'}"]
+    code, _, error = command("train", "paper", *keys)
+    assert code == 2 and error.startswith("error: peers.network: no 'resnet33', did you mean 'resnet32'?")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_misspelt_network_is_named_as_it_was_given(command):
+    assert command("models", "resnet33")[2].startswith("error: no 'resnet33', did you mean 'resnet32'?")
+    for verb in ("methods", "plan-scale"):
+        assert command(verb, "--network", "resnet33")[2].startswith("error: --network: no 'resnet33', did you mean")
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "report"])

@@ -110,6 +110,7 @@ deterministic: true
 resume: auto
 log_every: 5
 eval_every: 2
+imports: [json]
 """  # noqa: E501
 FILES_ONLY = "distort: {image_size: 64, crop_scale: [0.5, 0.75], crop_ratio: [0.5, 2.0], region: centre}\ndata: folder"
 SHARDS_ONLY = "data: {name: webdataset, train: 'a-{0..3}.tar', val: 'b-*.tar', corrupt: skip}"

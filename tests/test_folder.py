@@ -223,7 +223,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         self.write_bytes(text[: len(text) // 2].encode())
         raise OSError("disk full")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+    with monkeypatch.context() as patch, pytest.raises(RunError, match=f"{path} cannot be written: disk full"):
         patch.setattr(Path, "write_text", half)
         write_atomically(path, "new and longer")
     assert path.read_text() == "old"

@@ -140,6 +140,10 @@ def test_networks_of_the_libraries_that_are_refused(name, reason):
     ("name", "near"),
     [
         ("resnt20", "resnet20"),
+        ("resnet33", "resnet32"),
+        ("resnet56", "resnet56_basic"),
+        ("torchvision.resnet51", "torchvision.resnet"),
+        ("timm.vit_tinny_patch16_224", "timm.vit_tiny_patch16_224"),
         ("resnet18", "torchvision.resnet18"),
         ("torchvison.resnet18", "torchvision.resnet18"),
         ("timm.resnt18", "timm.resnet18"),

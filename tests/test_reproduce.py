@@ -139,6 +139,37 @@ def test_dml_with_cutmix_shows_all_peers_the_same_batch(row):
 # What is selected
 
 
+@pytest.mark.parametrize(
+    ("row", "override", "said"),
+    [
+        (
+            "{recipe: quickstart, overrides: [method.temprature=2]}",
+            "",
+            "mine, row a: method.temprature (its overrides): unk",
+        ),
+        ("{recipe: quickstrt}", "", "mine, row a: quickstrt: neither a YAML file nor a shipped recipe"),
+        ("{recipe: quickstart}", "epohcs=2", "epohcs (command line): unknown key"),
+    ],
+)
+def test_a_mistake_in_a_grid_of_ones_own_is_laid_to_its_row(row, override, said, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f"title: t\nseeds: [1]\ndata: [digits]\nnetworks: [resnet20]\nrows: [{{name: a, label: A, {row[1:]}]\n"
+    )
+    with pytest.raises(ConfigError) as error:
+        plan_grid(load_grid(str(path)), overrides=[override] if override else [])
+    assert said in str(error.value)
+    path.write_text("")
+    with pytest.raises(ConfigError, match=f"{path}: must be a mapping of the keys name, title, seeds"):
+        load_grid(str(path))
+
+
+def test_a_place_for_runs_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(RunError, match=f"--out: {tmp_path}/out cannot be made: File exists"):
+        Ledger(tmp_path / "out" / LEDGER, "mine", 1).append("begun", "run")
+
+
 def test_only_selects_in_the_order_of_the_grid():
     grid = load_grid("table1")
     only = {"network": ["resnet32"], "method": ["cutnmix", "baseline"], "data": ["cifar100"]}

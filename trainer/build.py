@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from cutnmix.models import check_name
 from cutnmix.models.cost import blueprint, branches_cost, check_image_size
 from cutnmix.models.peers import Peers, seeded
 from cutnmix.pipeline.datasets import Dataset, Splits, TestImages, load_splits
@@ -99,6 +100,11 @@ def build(config: Config, mesh: Mesh = ONE, test: TestImages = "test") -> Parts:
         ConfigError, DataError: naming the key or the file.
     """
     setting = choose(config)
+    try:
+        for name in config.peers.networks:  # before data is downloaded for a misspelt one
+            check_name(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     data = config.data
     splits = load_splits(
         data.name,

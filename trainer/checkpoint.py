@@ -57,10 +57,18 @@ def save(path: Path, learner: Learner, position: Position, tally: Tally, best_to
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:
-    """What `restore` takes; of a file its state dict, tensors on `device`. A file's code is never unpickled."""
-    if path.is_dir():
-        return {"path": path, **json.loads((path / _FACTS).read_text())}
-    return {"path": path, **torch.load(path, map_location=device, weights_only=True)}
+    """What `restore` takes; of a file its state dict, tensors on `device`. A file's code is never unpickled.
+
+    Raises: RunError for a checkpoint that is damaged.
+    """
+    try:
+        if path.is_dir():
+            return {"path": path, **json.loads((path / _FACTS).read_text())}
+        return {"path": path, **torch.load(path, map_location=device, weights_only=True)}
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # they are RuntimeErrors too
+        raise
+    except Exception as error:  # whatever the unpickler stumbles over: KeyError, EOFError, UnpicklingError and more
+        raise RunError(f"{path} is damaged, or no checkpoint ({_told(error)})") from error
 
 
 def load_peers(path: Path, peers: Peers) -> None:
@@ -126,11 +134,16 @@ def _fitting(path: Path) -> Iterator[None]:
     except (torch.OutOfMemoryError, torch.AcceleratorError):  # they are RuntimeErrors too
         raise
     except (RuntimeError, KeyError, ValueError, CheckpointException) as error:
-        reason = " ".join(str(error).split())
         raise RunError(
             f"{path} does not fit what this version of cutnmix makes of the run's keys: go on with the version that "
-            f"wrote it, or train anew in another folder ({reason[:_REASON]}{'...' * (len(reason) > _REASON)})"
+            f"wrote it, or train anew in another folder ({_told(error)})"
         ) from error
+
+
+def _told(error: BaseException) -> str:
+    """An error of torch in a line, and its type where it says nothing."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f"{reason[:_REASON]}{'...' * (len(reason) > _REASON)}"
 
 
 def _save_folder(path: Path, learner: Learner, position: Position, tally: Tally, best_top1: float, mesh: Mesh) -> None:

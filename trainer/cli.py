@@ -19,6 +19,7 @@ from cutnmix.trainer.display import Display
 from cutnmix.trainer.figures import draw_curves
 from cutnmix.trainer.folder import RunError, RunFolder, Stopped
 from cutnmix.trainer.mesh import LostError, leave_it_to_the_first
+from cutnmix.trainer.options import Network
 
 EXIT_USAGE = 2
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: stopped by SIGTERM with its state saved; a scheduler may start the same command again
@@ -136,7 +137,7 @@ def models(
             size = made_for(name)
             row = cost(name, classes, size)
         except ValueError as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(str(error).removeprefix("peers.network: ")) from error
         counts = (parameters(blueprint(name, 10)), row.parameters)
         cells = (*(f"{count:,}" for count in counts), f"{row.macs / 1e6:,.1f} M", f"{size[0]} x {size[1]}")
         table.add_row(name, *cells, str(row.feature_dim), source(name))
@@ -145,7 +146,7 @@ def models(
 
 @app.command()
 def methods(
-    network: Annotated[str, typer.Option(help="of all peers, as in cutnmix models")] = "resnet20",
+    network: Network = "resnet20",
     peers: Annotated[int, typer.Option(min=1, help="J, or as many as a method needs")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="of each method, timed in turn with the baseline")] = 5,
     cost: Annotated[bool, typer.Option(help="measure what a step costs: a minute or two")] = True,
@@ -158,7 +159,7 @@ def methods(
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context):
-    """Measure what things cost here: loader, mix, step, peers, memory or all. See cutnmix bench --help."""
+    """Measure what things cost here: loader, mix, step, peers, methods, memory or all. See cutnmix bench --help."""
     from cutnmix.benchmarks.__main__ import app as benchmarks  # it imports all that it compares with
 
     benchmarks(context.args, prog_name="cutnmix bench")

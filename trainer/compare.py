@@ -78,7 +78,6 @@ def p_digits(p: float) -> str:
 
 def write_csv(path: Path, compared: Comparison, test: TestImages) -> None:
     """A line a row, with the number of images and what they are."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(
         path, csv_text([{"on": test, "images": compared.images, **row._asdict()} for row in compared.rows])
     )

@@ -1,10 +1,13 @@
 """A run's configuration: a YAML file and KEY=VALUE overrides in, one validated Config or one clear ConfigError out.
 
-Everything is checked before any work is done: an unknown key is refused with the nearest valid one, a wrong value with
-the allowed ones, and each message says whether the file or the command line is to blame.
+An unknown key is refused with the nearest valid one, a wrong value with the allowed ones, and each message says whether
+the file or the command line is to blame. Whether data, networks and a method's numbers fit is up to build.py, which
+writes nothing.
 """
 
 import difflib
+import importlib
+import sys
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -159,6 +162,7 @@ class Config(_Group):
     resume: Literal["never", "auto"] = "never"
     log_every: Annotated[int, Field(ge=1)] = 50  # steps
     eval_every: Annotated[int, Field(ge=1)] = 1  # epochs; the last one is always evaluated
+    imports: list[str] = []  # modules to import first: what adds entries to METHODS, NETWORKS or DATASETS
 
     @property
     def num_views(self) -> int:
@@ -253,6 +257,7 @@ def parse_config(tree: Any, source: str = "config") -> Config:
 
 def _validated(tree: Any, origin: Callable[[str], str]) -> Config:
     """The Config of a tree; `origin` says of a key where it was set."""
+    _import(tree, origin)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -261,6 +266,23 @@ def _validated(tree: Any, origin: Callable[[str], str]) -> Config:
     _check_needs(config, origin)
     _check_mesh(config, origin)
     return config
+
+
+def _import(tree: Any, origin: Callable[[str], str]) -> None:
+    """The modules that a tree asks for, from the working folder or the environment, before names are looked up."""
+    names = tree.get("imports", []) if isinstance(tree, dict) else []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return  # which validation says
+    if names and (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # a console script has its own folder there instead
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # it is anybody's code
+            raise ConfigError(
+                f"imports ({origin('imports')}): {name!r} cannot be imported ({type(error).__name__}: {error}); "
+                f"modules are looked for in {Path.cwd()} and where Python finds its packages"
+            ) from error
 
 
 def _complete(config: Config) -> Mix:
@@ -366,7 +388,7 @@ def _override(tree: dict[str, Any], text: str) -> str:
 def _checked_method(method: dict[str, Any], origin: Callable[[str], str]) -> dict[str, Any]:
     """The method's keys, complete with defaults, checked against its constructor's signature."""
     name = method.get("name")
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ConfigError(
             f"method.name ({origin('method.name')}): {name!r} is not a method; "
             f"allowed: {', '.join(METHODS)}{_did_you_mean(str(name), METHODS)}"

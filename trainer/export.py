@@ -90,7 +90,7 @@ def export_peers(parts: Parts, folder: Path) -> None:
     for j in parts.own:
         metadata = _metadata(facts, parts.config.peers.networks[j], str(j))
         content = _safetensors(parts.learner.peers.network(j), facts, metadata)
-        _write(folder / f"peer{j}.safetensors", content)
+        write_atomically(folder / f"peer{j}.safetensors", content)
 
 
 def export(run: Path, format: str, peer: str, out: Path | None = None, checkpoint: str = "last") -> tuple[Path, str]:
@@ -140,7 +140,7 @@ def export(run: Path, format: str, peer: str, out: Path | None = None, checkpoin
     if checkpoint == "best":
         name += "-best-epoch"
     out = out or folder.path / "export" / (name + suffix)
-    _write(out, content_of(network.eval().requires_grad_(False), facts, metadata))
+    write_atomically(out, content_of(network.eval().requires_grad_(False), facts, metadata))
     shape = ", ".join(map(str, (len(facts.mean), *facts.image_size)))
     use = "weights" if format == "safetensors" else f"image (B, {shape}) in [0, 1] -> logits (B, {len(facts.classes)})"
     return out, f"{what} of {path.name}: {use}"
@@ -226,11 +226,3 @@ def _trace(network: nn.Module, facts: Facts) -> torch.export.ExportedProgram:
     image_BCHW = torch.zeros(2, len(facts.mean), *facts.image_size)
     sizes = {"image": {0: torch.export.Dim("batch")}}
     return torch.export.export(Program(network, facts).eval(), (image_BCHW,), dynamic_shapes=sizes)
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror}") from error

@@ -134,13 +134,23 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def records(self, kind: str = "") -> list[dict[str, Any]]:
-        """All complete lines of metrics.jsonl (a kill can cut the last one short), or those of one kind."""
+        """All complete lines of metrics.jsonl (a kill can cut the last one short), or those of one kind.
+
+        Raises: RunError that names a line that is no JSON.
+        """
         if not self.metrics.exists():
             return []
         text = self.metrics.read_text()
         lines = text[: text.rfind("\n") + 1].splitlines()
         begin = f'{{"kind": "{kind}"' if kind else ""  # so that the others, which are far more, need not be parsed
-        return [json.loads(line) for line in lines if line.startswith(begin)]
+        records = []
+        for number, line in enumerate(lines, 1):
+            if line.startswith(begin):
+                try:
+                    records.append(json.loads(line))
+                except ValueError as error:
+                    raise RunError(f"{self.metrics}: line {number} is damaged ({error}); remove it") from error
+        return records
 
     def rewind(self, position: Position, global_step: int) -> list[dict[str, Any]]:
         """Drop the records of what the checkpoint at `position` has not seen: it will be done, and written, again.
@@ -166,18 +176,19 @@ def csv_text(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Old or new, never half; where it fails, nothing is left of the new."""
+    """Old or new, never half; where it fails, nothing is left of the new. Makes the folder. Raises: RunError."""
     partial = path.with_name(path.name + ".partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, str):
             partial.write_text(content)
         else:
             partial.write_bytes(content)
         os.replace(partial, path)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

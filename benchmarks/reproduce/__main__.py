@@ -32,7 +32,11 @@ def main(
         str | None, typer.Argument(metavar="GRID", help="table1, table2, figure1, s1, ablation NAME, or a YAML file")
     ] = None,
     rest: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME] [KEY=VALUE]...", help="data=, network=, method= select")
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME] [KEY=VALUE]...",
+            help="NAME of an ablation; data=, network=, method= select as --only does, other keys are all runs'",
+        ),
     ] = None,
     only: Annotated[
         list[str] | None, typer.Option(metavar="KEY=V1,V2 ...", help="select by data, network and method")

@@ -170,6 +170,8 @@ def load_grid(name: str) -> Grid:
         raise ConfigError(f"{name}: neither a YAML file nor a shipped grid ({', '.join(grids())}){hint}")
     try:
         tree = yaml.safe_load(path.read_text())
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{path}: must be a mapping of the keys {', '.join(Grid.model_fields)}")
         return Grid.model_validate({"name": name if shipped else path.stem, **tree})
     except ValidationError as error:
         lines = (f"{path}: {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
@@ -205,7 +207,10 @@ def plan_grid(
         name = run_name(cell, seed, short)
         place = [f"runs={json.dumps(str(out))}", f"name={name}", f"seed={seed}", "resume=auto"]
         own = [f"data={cell.data}", f"peers.network={cell.network}", *cell.row.overrides]
-        config = load_config(cell.row.recipe, [*grid.overrides, *own, *overrides, *place])
+        try:
+            config = load_config(cell.row.recipe, [*grid.overrides, *own, *overrides, *place])
+        except ConfigError as error:
+            raise _blamed(error, grid, cell.row, own) from None
         return Planned(cell, seed, short.apply(config))
 
     cells = [
@@ -216,6 +221,16 @@ def plan_grid(
         if row.name in chosen["method"]
     ]
     return [planned(cell, seed) for seed in (grid.seeds if seeds is None else seeds) for cell in cells]
+
+
+def _blamed(error: ConfigError, grid: Grid, row: Row, own: Sequence[str]) -> ConfigError:
+    """The error, named with grid and row where these are wrong by themselves, without what the user overrides."""
+    try:
+        load_config(row.recipe, [*grid.overrides, *own])
+    except ConfigError as theirs:
+        said = str(theirs).replace("(command line)", "(its overrides)")
+        return ConfigError(f"grid {grid.name}, row {row.name}: {said}")
+    return error
 
 
 def run_name(cell: Cell, seed: int, scale: Scale) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from cutnmix.trainer.folder import RunError
+
 
 class Ledger:
     """OUT/ledger.jsonl: {"time", "event", "run", "grid", "scale", "host", "pid", ...}, appended to by every process.
@@ -28,7 +30,10 @@ class Ledger:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         record = {"time": now, "event": event, "run": run, "grid": self.grid, "scale": self.scale}
         record |= {"host": socket.gethostname(), "pid": pid or os.getpid(), **details}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"--out: {self.path.parent} cannot be made: {error.strerror}") from error
         with FileLock(self.path.with_name(f".{self.path.name}.lock")), self.path.open("ab+") as file:
             if file.tell():  # it opens at its end
                 file.seek(-1, os.SEEK_END)

@@ -22,6 +22,7 @@ READINGS = {  # of the last epoch, by the name that the run has for them, and as
     "best_peer": "Best peer",
     "ensemble": "Ensemble",
     "teacher": "Teacher",
+    "leader": "Leader",  # OKDDip's, which its paper reports
 }
 
 
