@@ -383,5 +383,5 @@ def test_a_file_is_whole_or_as_it_was(copy, command, monkeypatch, tmp_path):
     out.unlink()
     out.mkdir()
     options = ["--format", "safetensors", "--peer", "0", "--out", out]
-    assert command(copy.path, *options) == (2, "", f"error: {out}: Is a directory\n")
+    assert command(copy.path, *options) == (2, "", f"error: {out} cannot be written: Is a directory\n")
     assert {path.name for path in tmp_path.iterdir()} == {"copy", "x.safetensors"}

@@ -291,4 +291,4 @@ def test_models_takes_names_and_classes(models):
         "ResNet-18 from Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385.",
     ]
     _, code, err = models("resnt20")
-    assert code == 2 and err.startswith("error: peers.network: no 'resnt20', did you mean 'resnet20'?")
+    assert code == 2 and err.startswith("error: no 'resnt20', did you mean 'resnet20'?")

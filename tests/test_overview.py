@@ -157,7 +157,7 @@ def test_configurations_differ_from_one_another_by_the_method_alone(tmp_path):
 def test_an_unknown_network_is_one_line(command):
     code, printed, error = command("methods", "--network", "tinny")
     assert (code, printed) == (2, "")
-    assert error.startswith("error: peers.network: no 'tinny'") and error.count("\n") == 1
+    assert error.startswith("error: --network: no 'tinny'") and error.count("\n") == 1
     with pytest.raises(ConfigError):
         overview("tinny", 2, 0)
 
