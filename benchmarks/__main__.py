@@ -3,6 +3,7 @@
 Each prints tables, and leaves NAME.json and NAME.png in a folder. `python -m cutnmix.benchmarks` is the same.
 """
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from rich.console import Console
 from cutnmix.benchmarks import loaders, memory, methods, mixes, peers, plots, records, steps, tables
 from cutnmix.benchmarks.measure import checkout
 from cutnmix.pipeline import Dataset, load_splits
+from cutnmix.trainer.cli import main
 from cutnmix.trainer.options import Network
 
 app = typer.Typer(
@@ -289,4 +291,4 @@ def _warmup(count: int, what: str) -> str:
 
 
 if __name__ == "__main__":
-    app(prog_name="python -m cutnmix.benchmarks")
+    main(partial(app, prog_name="python -m cutnmix.benchmarks"))

@@ -418,19 +418,3 @@ def test_the_order_of_peers_does_not_matter(name):
         other.ensemble.weight.data = method.ensemble.weight.data.view(K, 3, D)[:, perm].flatten(1)
     actual = other(moved, batch._replace(target_LBK=batch.target_LBK[perm]), moved_peers)
     torch.testing.assert_close(actual, method(outputs, batch, peers))
-
-
-@pytest.mark.parametrize(
-    ("method", "keys", "message"),
-    [
-        (ONE, {"temperature": 0.0}, r"method\.temperature must be > 0 .*got 0\.0"),
-        (ONE, {"ramp_epochs": -1.0}, r"method\.ramp_epochs must be >= 0 .*got -1\.0"),
-        (OKDDip, {"weight": -1.0}, r"method\.weight must be >= 0 .*got -1\.0"),
-        (OKDDip, {"temperature": math.inf}, r"method\.temperature must be > 0 and finite"),
-        (PCL, {"decay": 1.0}, r"method\.decay must be >= 0 and < 1, got 1\.0"),
-        (PCL, {"mean_weight": math.nan}, r"method\.mean_weight must be >= 0"),
-    ],
-)
-def test_values_without_meaning_are_refused_with_their_key(method, keys, message):
-    with pytest.raises(ValueError, match=message):
-        method(make_task(3), **keys)

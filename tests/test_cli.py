@@ -271,11 +271,19 @@ def test_a_mistake_is_one_line_and_no_traceback(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_modules_say_a_mistake_as_the_command_does():
+    for module, *words in (("benchmarks", "step", "--network", "resnt20"), ("benchmarks.reproduce", "tabel1")):
+        line = [sys.executable, "-m", f"cutnmix.{module}", *words]
+        done = subprocess.run(line, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
         ("method.temprature=2", "method.temprature (command line): unknown key; did you mean method.temperature?"),
-        ("method.temperature=-2", "method.temperature must be > 0"),
+        ("method.temperature=-2", "method.temperature (command line): Input should be greater than 0, got -2"),
         ("method.name=[dml]", "method.name (command line): ['dml'] is not a method"),
         ("imports=my_methods", "imports (command line): Input should be a valid list"),
         ("peers.count=1", "peers.count (command line): cutnmix needs at least 2 peers, got 1"),

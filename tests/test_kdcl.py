@@ -359,15 +359,10 @@ def test_peers_of_any_architecture():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"temperature": 0.0}, r"method\.temperature must be > 0 .*got 0\.0"),
-        ({"temperature": float("inf")}, r"method\.temperature must .*got inf"),
-        ({"weight": -1.0}, r"method\.weight must be >= 0 .*got -1\.0"),
-        ({"weight": float("nan")}, r"method\.weight must be >= 0 .*got nan"),
         ({"variant": "mean", "weight": 1.5}, r"method\.weight must be <= 1 under method\.variant: mean, got 1\.5"),
-        ({"holdout": 1.0}, r"method\.holdout must be >= 0 and < 1, got 1\.0"),
         ({"variant": "general", "holdout": 0.99}, rf"method\.holdout must leave images .* 0\.99 of {N} is all"),
     ],
 )
-def test_values_without_meaning_are_refused_with_their_key(keys, message):
+def test_values_that_do_not_fit_the_others_are_refused_with_their_key(keys, message):
     with pytest.raises(ValueError, match=message):
         KDCL(make_task(2), **keys)

@@ -14,6 +14,8 @@ import torch
 from tasks import B, K, build, keys_of, leaves, make_batch, make_outputs, make_peers
 from torch import nn
 
+from cutnmix.trainer import method
+from cutnmix.trainer.config import ConfigError, load_config
 from cutnmix.trainer.methods import METHODS
 
 EACH = pytest.mark.parametrize("name", METHODS)
@@ -58,6 +60,28 @@ def test_keys_are_keyword_only_typed_and_have_defaults(name):
         assert key.annotation is not key.empty and key.default is not key.empty
     with pytest.raises(TypeError, match="temprature"):
         build(name, temprature=2.0)
+
+
+NUMBERS = [
+    (name, key)
+    for name in METHODS
+    for key, (_, default) in method.keys_of(METHODS[name]).items()
+    if not isinstance(default, (bool, str))
+]
+BOUNDS = {"temperature": 0, "feature_dim": 0, "decay": 1, "holdout": 1, "alpha_T": 1.1, "correct": 1}  # outside
+
+
+@pytest.mark.parametrize("value", ["-1", ".nan", ".inf", "[1]"])
+@pytest.mark.parametrize(("name", "key"), NUMBERS)
+def test_a_number_without_meaning_is_refused_by_the_configuration(name, key, value):
+    with pytest.raises(ConfigError, match=rf"^method\.{key} \(command line\): Input should be .*got"):
+        load_config("paper", [f"method={name}", f"method.{key}={value}"])
+
+
+@pytest.mark.parametrize(("name", "key"), [each for each in NUMBERS if each[1] in BOUNDS])
+def test_bounds_of_a_number_are_kept_by_the_configuration(name, key):
+    with pytest.raises(ConfigError, match=rf"^method\.{key} \(command line\): Input should be .*got {BOUNDS[key]}"):
+        load_config("paper", [f"method={name}", f"method.{key}={BOUNDS[key]}"])
 
 
 @EACH

@@ -473,23 +473,11 @@ def test_a_peer_that_the_run_has_not_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "keys", "message"),
     [
-        *((name, {"temperature": 0.0}, r"temperature must be > 0 .*got 0\.0") for name in SOFTENED),
-        *((name, {"temperature": math.inf}, r"temperature .*got inf") for name in SOFTENED),
-        *((name, {"alpha": -0.1}, r"alpha must be between 0 and 1, got -0\.1") for name in ("kd", "tf_kd")),
-        *((name, {"alpha": 1.1}, r"alpha must be between 0 and 1, got 1\.1") for name in ("kd", "tf_kd")),
-        ("cs_kd", {"weight": -1.0}, r"weight must be >= 0 .*got -1\.0"),
-        ("ddgsd", {"kl_weight": -1.0}, r"kl_weight must be >= 0 .*got -1\.0"),
-        ("ddgsd", {"mmd_weight": math.nan}, r"mmd_weight must be >= 0 .*got nan"),
-        ("ps_kd", {"alpha_T": 1.1}, r"alpha_T must be between 0 and 1, got 1\.1"),
-        ("ps_kd", {"alpha_T": math.nan}, r"alpha_T must be between 0 and 1, got nan"),
-        ("tf_kd", {"multiplier": -1.0}, r"multiplier must be >= 0 .*got -1\.0"),
-        ("tf_kd", {"correct": 1.0}, r"correct must be > 1 / K and < 1, K = 4, got 1\.0"),
-        ("tf_kd", {"correct": 0.25}, r"correct must be > 1 / K and < 1, K = 4, got 0\.25"),
+        ("tf_kd", {"correct": 0.25}, r"correct must be > 1 / K, K = 4, got 0\.25"),
         ("tf_kd", {"teacher": "runs/x"}, r"teacher must be left out under method\.variant: reg, got 'runs/x'"),
-        ("kd", {"teacher": "x", "teacher_peer": -1}, r"teacher_peer must be >= 0, got -1"),
     ],
 )  # fmt: skip
-def test_values_without_meaning_are_refused_with_their_key(name, keys, message):
+def test_values_that_do_not_fit_the_others_are_refused_with_their_key(name, keys, message):
     with pytest.raises(ValueError, match=rf"^method\.{message}"):
         build(name, **keys)
 

@@ -5,8 +5,9 @@ plan-scale.
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.table import Table
@@ -197,10 +198,10 @@ def _print(table: Table) -> None:
     console.print(table)
 
 
-def main() -> None:
-    """Run the command line; what the user can mend is one line on standard error, without a traceback."""
+def main(command: Callable[[], Any] = app) -> None:
+    """Run a command line; what the user can mend is one line on standard error, without a traceback."""
     try:
-        app()
+        command()
     except (ConfigError, DataError, RunError, LostError) as error:
         rank = int(os.environ.get("RANK", 0))
         if rank and isinstance(error, ConfigError):  # all processes of torchrun read the same keys

@@ -1,8 +1,8 @@
 """A run's configuration: a YAML file and KEY=VALUE overrides in, one validated Config or one clear ConfigError out.
 
 An unknown key is refused with the nearest valid one, a wrong value with the allowed ones, and each message says whether
-the file or the command line is to blame. Whether data, networks and a method's numbers fit is up to build.py, which
-writes nothing.
+the file or the command line is to blame. Whether data, networks and a method's keys fit together is up to build.py,
+which writes nothing.
 """
 
 import difflib

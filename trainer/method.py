@@ -2,14 +2,23 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from math import inf
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
+from pydantic import Field
 from torch import Tensor
 
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.exchange import ALONE, Exchange
+
+# What a key of a method may be, of finite numbers. A configuration is held to it before any data is read.
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]  # neither none nor all
+Size = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]  # counted from 0
 
 
 class Needs(NamedTuple):
@@ -48,26 +57,14 @@ def keys_of(method: type) -> dict[str, tuple[Any, Any]]:
     return {p.name: (p.annotation, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def positive(**keys: float) -> None:
-    """Refuse a key under `method` that is not > 0 and finite, with a ValueError that names it."""
-    for key, value in keys.items():
-        if not 0 < value < inf:
-            raise ValueError(f"method.{key} must be > 0 and finite, got {value}")
-
-
-def not_negative(**keys: float) -> None:
-    """Refuse a key under `method` that is not >= 0 and finite, with a ValueError that names it."""
-    for key, value in keys.items():
-        if not 0 <= value < inf:
-            raise ValueError(f"method.{key} must be >= 0 and finite, got {value}")
-
-
 class Method(Protocol):
     """An nn.Module, so that optimizer, device, compile and checkpoint need to know no more than that.
 
-    Built as `METHODS[name](task, **keys)`: keyword-only arguments are the YAML keys under `method`, each with a type
-    and a default, its paper's. A value that makes no sense is a ValueError that names its key. Parameters are trained
-    unless they ask for no gradient; buffers are what it remembers, and are in every checkpoint.
+    Built as `METHODS[name](task, **keys)`: keyword-only arguments are the YAML keys under `method`, each with a
+    default, its paper's, and a type that says which values make sense, such as Positive. trainer/config.py refuses a
+    configuration with others; who calls the class is believed. What only the task or another key can tell is a
+    ValueError that names the key. Parameters are trained unless they ask for no gradient; buffers are what it
+    remembers, and are in every checkpoint.
 
     A run may split peers and batches over processes, see exchange.py. Then outputs, targets and batch are those of the
     own peers and images, each loss is the sum over the own peers of a mean over the own images, and what needs others

@@ -16,13 +16,11 @@ class Projection(nn.Module):
 
     Args: `feature_dims` D_j of each peer, `dim` the common size or None, `term` what needs it, for the message, `own`
     the numbers of the peers whose features come in, None for all.
-    Raises: ValueError, naming `method.feature_dim`, if the sizes differ and `dim` is None, or `dim` < 1.
+    Raises: ValueError, naming `method.feature_dim`, if the sizes differ and `dim` is None.
     """
 
     def __init__(self, feature_dims: Sequence[int], dim: int | None, *, term: str, own: range | None = None) -> None:
         super().__init__()
-        if dim is not None and dim < 1:
-            raise ValueError(f"method.feature_dim must be at least 1, got {dim}")
         if dim is None and len(set(feature_dims)) > 1:
             sizes = ", ".join(map(str, feature_dims))
             raise ValueError(

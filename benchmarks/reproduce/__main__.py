@@ -20,6 +20,7 @@ from cutnmix.benchmarks.reproduce.estimate import absent_data
 from cutnmix.benchmarks.reproduce.grid import AXES, grids, load_grid, plan_grid
 from cutnmix.benchmarks.reproduce.ledger import Ledger
 from cutnmix.pipeline.datasets import DataError
+from cutnmix.trainer import cli
 from cutnmix.trainer.config import ConfigError
 from cutnmix.trainer.display import Display
 
@@ -154,4 +155,4 @@ def _place(
 
 
 if __name__ == "__main__":
-    app()
+    cli.main(partial(app, prog_name="python -m cutnmix.benchmarks.reproduce"))

@@ -21,16 +21,13 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import cross_entropy, kl
-from cutnmix.trainer.method import Needs, Task, not_negative, positive
+from cutnmix.trainer.method import Needs, NotNegative, Positive, Task
 
 MIXED = "a mixed image has no one class that another image could be drawn from"
 
 
 class CSKD(nn.Module):
-    """{"ce", "kl"}; with weight = 0 "kl" is left out, and the second images are not looked at.
-
-    Raises: ValueError for `method.temperature` <= 0 or `method.weight` < 0.
-    """
+    """{"ce", "kl"}; with weight = 0 "kl" is left out, and the second images are not looked at."""
 
     needs = Needs(
         "Yun et al., CVPR 2020",
@@ -39,10 +36,8 @@ class CSKD(nn.Module):
         predicts=1,
     )
 
-    def __init__(self, task: Task, *, temperature: float = 4.0, weight: float = 1.0) -> None:
+    def __init__(self, task: Task, *, temperature: Positive = 4.0, weight: NotNegative = 1.0) -> None:
         super().__init__()
-        positive(temperature=temperature)
-        not_negative(weight=weight)
         self.temperature, self.weight = temperature, weight
 
     def forward(self, outputs: Outputs, batch: Batch, peers: Peers) -> dict[str, Tensor]:

@@ -34,15 +34,14 @@ from torch.nn.functional import linear
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl, mmd, mutual_kl
-from cutnmix.trainer.method import Needs, Task, not_negative, positive
+from cutnmix.trainer.method import Needs, NotNegative, Positive, Size, Task
 from cutnmix.trainer.projection import Projection
 
 
 class CutnMixDistillation(nn.Module):
     """{"ce", "dml", "mmd", "pt", "pt_ce"}; a term of weight 0 is left out, and with gamma = 0 there is no teacher.
 
-    Raises: ValueError for `method.temperature` <= 0, a negative weight `method.alpha`, `method.beta`, `method.gamma`,
-    or peers of different feature sizes under beta > 0 without `method.feature_dim`.
+    Raises: ValueError for peers of different feature sizes under beta > 0 without `method.feature_dim`.
     """
 
     needs = Needs("Shen et al., arXiv 2022", min_peers=2)
@@ -51,18 +50,16 @@ class CutnMixDistillation(nn.Module):
         self,
         task: Task,
         *,
-        temperature: float = 3.0,
-        alpha: float = 0.6,
-        beta: float = 0.3,
-        gamma: float = 0.1,
+        temperature: Positive = 3.0,
+        alpha: NotNegative = 0.6,
+        beta: NotNegative = 0.3,
+        gamma: NotNegative = 0.1,
         tau2: bool = True,
         mmd_detach: bool = True,
         pt_grad_to_peers: bool = False,
-        feature_dim: int | None = None,
+        feature_dim: Size | None = None,
     ) -> None:
         super().__init__()
-        positive(temperature=temperature)
-        not_negative(alpha=alpha, beta=beta, gamma=gamma)
         self.temperature = temperature
         self.alpha, self.beta, self.gamma = alpha if tau2 else alpha / temperature**2, beta, gamma
         self.mmd_detach, self.pt_grad_to_peers = mmd_detach, pt_grad_to_peers

@@ -28,23 +28,18 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import cross_entropy, kl, mmd
-from cutnmix.trainer.method import Needs, Task, not_negative, positive
+from cutnmix.trainer.method import Needs, NotNegative, Positive, Task
 
 
 class DDGSD(nn.Module):
-    """{"ce", "kl", "mmd"}; a term of weight 0 is left out. With both 0, cross-entropy on two views is what remains.
-
-    Raises: ValueError for `method.temperature` <= 0, `method.kl_weight` < 0 or `method.mmd_weight` < 0.
-    """
+    """{"ce", "kl", "mmd"}; a term of weight 0 is left out. With both 0, cross-entropy on two views is what remains."""
 
     needs = Needs("Xu and Liu, AAAI 2019", second="image")
 
     def __init__(
-        self, task: Task, *, temperature: float = 3.0, kl_weight: float = 1.0, mmd_weight: float = 5e-4
+        self, task: Task, *, temperature: Positive = 3.0, kl_weight: NotNegative = 1.0, mmd_weight: NotNegative = 5e-4
     ) -> None:
         super().__init__()
-        positive(temperature=temperature)
-        not_negative(kl_weight=kl_weight, mmd_weight=mmd_weight)
         self.temperature, self.kl_weight, self.mmd_weight = temperature, kl_weight, mmd_weight
         self.over = task.over.of_batch()
 

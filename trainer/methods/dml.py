@@ -20,21 +20,16 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import cross_entropy, mutual_kl
-from cutnmix.trainer.method import Needs, Task, not_negative, positive
+from cutnmix.trainer.method import Needs, NotNegative, Positive, Task
 
 
 class DML(nn.Module):
-    """{"ce", "dml"}; "dml" is left out where alpha = 0.
-
-    Raises: ValueError for `method.temperature` <= 0 or `method.alpha` < 0.
-    """
+    """{"ce", "dml"}; "dml" is left out where alpha = 0."""
 
     needs = Needs("Zhang et al., CVPR 2018", min_peers=2)
 
-    def __init__(self, task: Task, *, temperature: float = 1.0, alpha: float = 1.0) -> None:
+    def __init__(self, task: Task, *, temperature: Positive = 1.0, alpha: NotNegative = 1.0) -> None:
         super().__init__()
-        positive(temperature=temperature)
-        not_negative(alpha=alpha)
         self.temperature, self.alpha, self.over = temperature, alpha, task.over
 
     def forward(self, outputs: Outputs, batch: Batch, peers: Peers) -> dict[str, Tensor]:

@@ -21,26 +21,28 @@ from cutnmix.models.peers import Outputs, Peers
 from cutnmix.models.saved import Frozen, load_network
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl
-from cutnmix.trainer.method import Needs, Task, positive
+from cutnmix.trainer.method import Fraction, Index, Needs, Positive, Task
 
 
 class KD(nn.Module):
     """{"ce", "kl"}; with alpha = 0 "kl" is left out, with alpha = 1 "ce".
 
     Args: `teacher` is a finished run's folder, whose peer `teacher_peer` it is, or one .safetensors file of a peer.
-    Raises: ValueError for `method.temperature` <= 0, `method.alpha` outside [0, 1], and a `method.teacher` that is not
-    there, cannot be read or has another number of classes.
+    Raises: ValueError for a `method.teacher` that is not there, cannot be read or has another number of classes.
     """
 
     needs = Needs("Hinton et al., arXiv 2015")
 
     def __init__(
-        self, task: Task, *, teacher: str = "", teacher_peer: int = 0, temperature: float = 4.0, alpha: float = 0.9
+        self,
+        task: Task,
+        *,
+        teacher: str = "",
+        teacher_peer: Index = 0,
+        temperature: Positive = 4.0,
+        alpha: Fraction = 0.9,
     ) -> None:
         super().__init__()
-        positive(temperature=temperature)
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"method.alpha must be between 0 and 1, got {alpha}")
         self.temperature, self.alpha = temperature, alpha
         self.teacher = load_teacher(task, teacher, teacher_peer)
 
@@ -62,8 +64,6 @@ def load_teacher(task: Task, teacher: str, teacher_peer: int) -> Frozen:
     """The network that the two keys name. Raises: ValueError, naming the key."""
     if not teacher:
         raise ValueError("method.teacher must be a finished run's folder or a .safetensors file, got ''")
-    if teacher_peer < 0:
-        raise ValueError(f"method.teacher_peer must be >= 0, got {teacher_peer}")
     try:
         return Frozen(load_network(Path(teacher), peer=teacher_peer, num_classes=task.K))
     except ValueError as error:

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl, log_probs
-from cutnmix.trainer.method import Needs, Task, not_negative, positive
+from cutnmix.trainer.method import BelowOne, Needs, NotNegative, Positive, Task
 
 PAIR_STEPS = 8  # of `linear` for every peer beyond the second
 HALVINGS = 16
@@ -136,8 +136,7 @@ class KDCL(nn.Module):
     """{"ce", "kdcl"}; "kdcl" is left out where weight = 0, and "ce" under `mean` where weight = 1.
 
     Peers of any architectures: features are not looked at.
-    Raises: ValueError for `method.temperature` <= 0, `method.weight` < 0 or, under `mean`, > 1, and `method.holdout`
-    outside [0, 1) or so large that nothing is left to train on.
+    Raises: ValueError for `method.weight` > 1 under `mean`, and a `method.holdout` that leaves nothing to train on.
     """
 
     needs = Needs("Guo et al., CVPR 2020", min_peers=2)
@@ -152,21 +151,17 @@ class KDCL(nn.Module):
         task: Task,
         *,
         variant: Literal["minlogit", "naive", "linear", "general", "mean"] = "minlogit",
-        temperature: float | None = None,
-        weight: float | None = None,
-        holdout: float = 0.02,
+        temperature: Positive | None = None,
+        weight: NotNegative | None = None,
+        holdout: BelowOne = 0.02,
     ) -> None:
         super().__init__()
         if temperature is None:
             temperature = 4.0 if variant == "mean" else 3.0
         if weight is None:
             weight = 0.5 if variant == "mean" else 1.0
-        positive(temperature=temperature)
-        not_negative(weight=weight)
         if variant == "mean" and weight > 1:
             raise ValueError(f"method.weight must be <= 1 under method.variant: mean, got {weight}")
-        if not 0 <= holdout < 1:
-            raise ValueError(f"method.holdout must be >= 0 and < 1, got {holdout}")
         if variant != "mean" and len(task.own) < task.J:
             raise ValueError(
                 f"mesh.peer must be 1 under method.variant: {variant}, which needs every peer's logits; a mean of them "

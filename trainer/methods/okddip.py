@@ -25,15 +25,14 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl, ramp_up
-from cutnmix.trainer.method import Needs, Task, not_negative, positive
+from cutnmix.trainer.method import Needs, NotNegative, Positive, Size, Task
 from cutnmix.trainer.projection import Projection
 
 
 class OKDDip(nn.Module):
     """{"ce", "peer_kl", "leader_kl"}; the KL are left out where weight = 0.
 
-    Raises: ValueError for `method.temperature` <= 0, `method.weight` < 0, `method.ramp_epochs` < 0, or auxiliary peers
-    of different feature sizes without `method.feature_dim`.
+    Raises: ValueError for auxiliary peers of different feature sizes without `method.feature_dim`.
     """
 
     needs = Needs(
@@ -44,15 +43,13 @@ class OKDDip(nn.Module):
         self,
         task: Task,
         *,
-        temperature: float = 3.0,
-        weight: float = 1.0,
-        ramp_epochs: float = 80.0,
+        temperature: Positive = 3.0,
+        weight: NotNegative = 1.0,
+        ramp_epochs: NotNegative = 80.0,
         detach_logits: bool = False,
-        feature_dim: int | None = None,
+        feature_dim: Size | None = None,
     ) -> None:
         super().__init__()
-        positive(temperature=temperature)
-        not_negative(weight=weight, ramp_epochs=ramp_epochs)
         self.temperature, self.weight, self.ramp_epochs = temperature, weight, ramp_epochs
         self.detach_logits = detach_logits
         self.projection = self.query = self.key = None

@@ -21,23 +21,20 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl, ramp_up
-from cutnmix.trainer.method import Needs, Task, not_negative, positive
+from cutnmix.trainer.method import Needs, NotNegative, Positive, Task
 
 
 class ONE(nn.Module):
-    """{"ce", "teacher_ce", "kl"}; "kl" is left out where weight = 0.
-
-    Raises: ValueError for `method.temperature` <= 0, `method.weight` < 0 or `method.ramp_epochs` < 0.
-    """
+    """{"ce", "teacher_ce", "kl"}; "kl" is left out where weight = 0."""
 
     needs = Needs(
         "Lan et al., NeurIPS 2018", min_peers=2, form="branches", whole={"peer": "its branches share one trunk"}
     )
 
-    def __init__(self, task: Task, *, temperature: float = 3.0, weight: float = 1.0, ramp_epochs: float = 80.0) -> None:
+    def __init__(
+        self, task: Task, *, temperature: Positive = 3.0, weight: NotNegative = 1.0, ramp_epochs: NotNegative = 80.0
+    ) -> None:
         super().__init__()
-        positive(temperature=temperature)
-        not_negative(weight=weight, ramp_epochs=ramp_epochs)
         assert task.trunk_dim is not None  # `needs` says branches
         self.temperature, self.weight, self.ramp_epochs = temperature, weight, ramp_epochs
         self.gate = nn.Sequential(nn.Linear(task.trunk_dim, task.J), nn.BatchNorm1d(task.J), nn.ReLU())

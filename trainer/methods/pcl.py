@@ -30,15 +30,11 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl, others_kl, ramp_up
-from cutnmix.trainer.method import Needs, Task, not_negative, positive
+from cutnmix.trainer.method import BelowOne, Needs, NotNegative, Positive, Task
 
 
 class PCL(nn.Module):
-    """{"ce", "en_ce", "en_kl", "mean_kl"}; a KL whose weight is 0 is left out, and with it the mean teachers.
-
-    Raises: ValueError for `method.temperature` <= 0, a negative weight or `method.ramp_epochs`, or `method.decay`
-    outside [0, 1).
-    """
+    """{"ce", "en_ce", "en_kl", "mean_kl"}; a KL whose weight is 0 is left out, and with it the mean teachers."""
 
     needs = Needs(
         "Wu and Gong, AAAI 2021",
@@ -52,17 +48,13 @@ class PCL(nn.Module):
         self,
         task: Task,
         *,
-        temperature: float = 3.0,
-        en_weight: float = 1.0,
-        mean_weight: float = 1.0,
-        decay: float = 0.999,
-        ramp_epochs: float = 80.0,
+        temperature: Positive = 3.0,
+        en_weight: NotNegative = 1.0,
+        mean_weight: NotNegative = 1.0,
+        decay: BelowOne = 0.999,
+        ramp_epochs: NotNegative = 80.0,
     ) -> None:
         super().__init__()
-        positive(temperature=temperature)
-        not_negative(en_weight=en_weight, mean_weight=mean_weight, ramp_epochs=ramp_epochs)
-        if not 0 <= decay < 1:
-            raise ValueError(f"method.decay must be >= 0 and < 1, got {decay}")
         self.temperature, self.en_weight, self.mean_weight = temperature, en_weight, mean_weight
         self.decay, self.ramp_epochs = decay, ramp_epochs
         self.ensemble = nn.Linear(sum(task.feature_dims), task.K)

@@ -22,16 +22,13 @@ from torch.nn.functional import embedding
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import cross_entropy, log_probs
-from cutnmix.trainer.method import Needs, Task
+from cutnmix.trainer.method import Fraction, Needs, Task
 
 MIXED = "what a peer predicted an epoch ago, it predicted of a mixture with another partner"
 
 
 class PSKD(nn.Module):
-    """{"ce"}; alpha_T = 0 is the baseline, without a table.
-
-    Raises: ValueError for `method.alpha_T` outside [0, 1].
-    """
+    """{"ce"}; alpha_T = 0 is the baseline, without a table."""
 
     needs = Needs(
         "Kim et al., ICCV 2021",
@@ -41,10 +38,8 @@ class PSKD(nn.Module):
 
     past_JNK: Tensor
 
-    def __init__(self, task: Task, *, alpha_T: float = 0.8) -> None:
+    def __init__(self, task: Task, *, alpha_T: Fraction = 0.8) -> None:
         super().__init__()
-        if not 0 <= alpha_T <= 1:
-            raise ValueError(f"method.alpha_T must be between 0 and 1, got {alpha_T}")
         self.alpha_T, self.epochs = alpha_T, task.epochs
         if alpha_T:
             self.register_buffer("past_JNK", torch.zeros(len(task.own), task.num_images, task.K))  # 0: never seen

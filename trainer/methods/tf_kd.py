@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import cross_entropy, kl, log_probs
-from cutnmix.trainer.method import Needs, Task, not_negative, positive
+from cutnmix.trainer.method import Fraction, Index, Needs, NotNegative, Positive, Share, Task
 from cutnmix.trainer.methods.kd import load_teacher, teacher_logits
 
 
@@ -59,9 +59,8 @@ class TfKD(nn.Module):
 
     Args: `correct`, `formula` are of reg, `teacher`, `teacher_peer` of self (a finished run's folder and its peer, or
     one .safetensors file); None is the number above.
-    Raises: ValueError for `method.temperature` <= 0, `method.alpha` outside [0, 1], `method.multiplier` < 0,
-    `method.correct` outside (1 / K, 1), and a `method.teacher` under reg, or under self one that is not there, cannot
-    be read, has another number of classes or is another network than the peers.
+    Raises: ValueError for `method.correct` <= 1 / K, and a `method.teacher` under reg, or under self one that
+    is not there, cannot be read, has another number of classes or is another network than the peers.
     """
 
     needs = Needs("Yuan et al., CVPR 2020")
@@ -71,25 +70,21 @@ class TfKD(nn.Module):
         task: Task,
         *,
         variant: Literal["reg", "self"] = "reg",
-        temperature: float | None = None,
-        alpha: float | None = None,
-        multiplier: float = 1.0,
-        correct: float = 0.99,
+        temperature: Positive | None = None,
+        alpha: Fraction | None = None,
+        multiplier: NotNegative = 1.0,
+        correct: Share = 0.99,
         formula: Literal["code", "paper"] = "code",
         teacher: str = "",
-        teacher_peer: int = 0,
+        teacher_peer: Index = 0,
     ) -> None:
         super().__init__()
         if temperature is None:
             temperature = 20.0 if variant == "reg" else 6.0
         if alpha is None:
             alpha = 0.1 if variant == "reg" else 0.95
-        positive(temperature=temperature)
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"method.alpha must be between 0 and 1, got {alpha}")
-        not_negative(multiplier=multiplier)
-        if not 1 / task.K < correct < 1:
-            raise ValueError(f"method.correct must be > 1 / K and < 1, K = {task.K}, got {correct}")
+        if correct <= 1 / task.K:
+            raise ValueError(f"method.correct must be > 1 / K, K = {task.K}, got {correct}")
         if variant == "reg" and teacher:
             raise ValueError(f"method.teacher must be left out under method.variant: reg, got {teacher!r}")
         self.alpha, self.weight = alpha, alpha * multiplier
