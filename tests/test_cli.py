@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cutnmix.models import NETWORKS, build_network
 from cutnmix.models.peers import Peers
 from cutnmix.pipeline.datasets import DATASETS
-from cutnmix.trainer import cli, run
+from cutnmix.trainer import checkpoint, cli, run
 from cutnmix.trainer.config import load_config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunError, RunFolder
@@ -408,3 +408,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_its_name(quick, tmp_path):
     keys = ["peers.network=tiny", "data.classes=3", "precision=fp32", "optimizer.lr=1e30", "schedule=constant"]
     with pytest.raises(RunError, match=r"step \d: ce, .*total is not finite; lower optimizer\.lr"):
         run.train(load_config("quickstart", [*SMALL, *keys, f"runs={tmp_path}"]))
+
+
+def test_a_loss_that_is_not_finite_is_in_no_checkpoint(quick, tmp_path):
+    keys = ["peers.network=tiny", "data.classes=3", "precision=fp32", "optimizer.lr=1e30", "schedule=constant"]
+    often = ["log_every=50", "checkpoint.every_steps=1", "batch_size=4", "name=run", f"runs={tmp_path}"]
+    with pytest.raises(RunError, match=r"step [23]: ce, .*total is not finite"):  # of 6
+        run.train(load_config("quickstart", [*SMALL, "log_every=50", *keys, *often]))
+    kept = checkpoint.load(RunFolder(tmp_path / "run").last, torch.device("cpu"))
+    assert kept["tally"]["sums"].isfinite().all() and 0 < kept["tally"]["steps"] == kept["position"][1]

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -172,12 +173,7 @@ class _Run:
 
     def _log(self, epoch: float, lr: float) -> None:
         losses = self.tally.read(self.mesh)
-        if not math.isfinite(losses["total"]):
-            bad = ", ".join(name for name, value in losses.items() if not math.isfinite(value))
-            raise RunError(
-                f"step {self.global_step}: {bad} is not finite; lower optimizer.lr, or resume from the last checkpoint "
-                f"with another precision"
-            )
+        self._check_finite(losses)
         top1 = losses.pop("top1")
         record = {
             "kind": "train",
@@ -190,6 +186,13 @@ class _Run:
         }
         self._record(record, {**{f"loss/{k}": v for k, v in losses.items()}, "train/top1": top1, "train/lr": lr})
         self.display.losses(losses, record["images_per_s"])
+
+    def _check_finite(self, losses: dict[str, float]) -> None:
+        if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
+            raise RunError(
+                f"step {self.global_step}: {', '.join(bad)} is not finite; lower optimizer.lr, or resume from the last "
+                f"checkpoint with another precision"
+            )
 
     def _test(self, done: int) -> None:
         # The processes may have other numbers of batches: together they look for signals after the last one only.
@@ -221,6 +224,7 @@ class _Run:
 
     def _save(self, path: Path | None = None) -> None:
         path = path or self.folder.last
+        self._check_finite(replace(self.tally).read(self.mesh))  # of a copy; a good checkpoint is not written over
         checkpoint.save(path, self.parts.learner, self.position, self.tally, self.best_top1, self.mesh)
 
     def _poll(self) -> None:
