@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import os
 import struct
 import tarfile
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
+from cutnmix.benchmarks.reproduce import estimate
 from cutnmix.pipeline.ahead import ahead
 from cutnmix.pipeline.batch import Views
 from cutnmix.pipeline.datasets import DataError, Dataset, load_splits
@@ -22,6 +25,7 @@ from cutnmix.pipeline.plan import Colour, Distort, Mix, Plan, make_plan
 from cutnmix.pipeline.shards import Members, cache_folder, find_shards, read_members
 from cutnmix.trainer.build import build
 from cutnmix.trainer.config import ConfigError, load_config
+from cutnmix.trainer.export import export
 from cutnmix.trainer.run import train as train_run
 
 dali = pytest.importorskip("cutnmix.pipeline.dali", reason="DALI runs on Linux", exc_type=ImportError)
@@ -124,7 +128,7 @@ def test_shards_are_the_folder(roots):
     """The same images in the same order: every field but the name, and every byte."""
     for files, members in zip(*(load_splits(name, root) for name, root in roots.items()), strict=True):
         assert np.array_equal(files.labels, members.labels) and members.labels.dtype == np.int64
-        assert files.classes == members.classes == CLASSES
+        assert files.classes == members.classes == [*CLASSES]
         assert (files.mean, files.std) == (members.mean, members.std)
         assert isinstance(members.images, Members) and len(members.images) == len(members) and not members.in_memory
         assert [files.encoded(i) for i in range(len(files))] == [members.encoded(i) for i in range(len(members))]
@@ -579,6 +583,22 @@ def test_runs_on_a_folder_and_on_its_shards_end_with_the_same_weights(roots, tmp
         train_run(load_config("quickstart", [*KEYS, *keys]))
         weights.append((tmp_path / kind / "peers" / "peer0.safetensors").read_bytes()[-4096:])
     assert weights[0] == weights[1]
+
+
+def test_shards_named_by_patterns_are_found_by_a_plan_and_an_export_too(roots, tmp_path):
+    root = tmp_path / "shards"
+    root.mkdir()
+    for path in roots["webdataset"].rglob("*.*"):
+        name = path.name if path.parent == roots["webdataset"] else f"{path.parent.name}-{path.name}"
+        (root / name).symlink_to(path)
+    keys = ["data=webdataset", f"data.root={root}", "data.train=train-*.tar", "data.val=val-*.tar"]
+    config = load_config("quickstart", [*KEYS, *keys, f"runs={tmp_path}", "name=run", "compile=none"])
+    assert estimate.sizes(config)[:3] == (14, 6, 3)
+    train_run(config)
+    (tmp_path / "run" / "peers" / "peer0.safetensors").unlink()  # as of a run that still trains
+    path, _ = export(tmp_path / "run", "safetensors", "0")
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["classes"]) == [*CLASSES]
 
 
 @pytest.mark.slow

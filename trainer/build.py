@@ -13,7 +13,7 @@ from cutnmix.pipeline.distort import view_size
 from cutnmix.pipeline.loader import Loader, default_threads, make_loader
 from cutnmix.pipeline.mix import MixBatch
 from cutnmix.pipeline.plan import Mix, Plan, make_plan, part_of
-from cutnmix.trainer.config import Config, ConfigError
+from cutnmix.trainer.config import Config, ConfigError, Data
 from cutnmix.trainer.device import Setting, choose, compile_modules
 from cutnmix.trainer.mesh import ONE, Mesh
 from cutnmix.trainer.method import Task
@@ -105,18 +105,8 @@ def build(config: Config, mesh: Mesh = ONE, test: TestImages = "test") -> Parts:
             check_name(name)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    data = config.data
-    splits = load_splits(
-        data.name,
-        data.root,
-        classes=data.classes,
-        images_per_class=data.images_per_class,
-        download=data.download,
-        train=data.train,
-        val=data.val,
-        test=test,
-    )
-    if data.corrupt == "skip":
+    splits = load_data(config.data, test)
+    if config.data.corrupt == "skip":
         from cutnmix.pipeline.check import without_corrupt  # here, because platforms without DALI can do without it
 
         splits = Splits(*(without_corrupt(split) for split in splits))
@@ -163,6 +153,20 @@ def build(config: Config, mesh: Mesh = ONE, test: TestImages = "test") -> Parts:
         step=step,
         test_step=test_step,
         mesh=mesh,
+    )
+
+
+def load_data(data: Data, test: TestImages = "test") -> Splits:
+    """What the keys under `data` name, with `test` as in load_splits."""
+    return load_splits(
+        data.name,
+        data.root,
+        classes=data.classes,
+        images_per_class=data.images_per_class,
+        download=data.download,
+        train=data.train,
+        val=data.val,
+        test=test,
     )
 
 

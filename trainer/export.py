@@ -29,10 +29,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from cutnmix.models.peers import Peers
-from cutnmix.pipeline.datasets import Dataset, load_splits
+from cutnmix.pipeline.datasets import Dataset
 from cutnmix.pipeline.distort import view_size
 from cutnmix.pipeline.plan import Distort
-from cutnmix.trainer.build import Parts
+from cutnmix.trainer.build import Parts, load_data
 from cutnmix.trainer.checkpoint import load_peers
 from cutnmix.trainer.config import Config, ConfigError
 from cutnmix.trainer.folder import RunError, RunFolder, write_atomically
@@ -167,11 +167,7 @@ def _facts(folder: RunFolder, config: Config) -> Facts:
         with safe_open(finished, "pt") as file:
             metadata = file.metadata()
         return Facts(*(tuple(json.loads(metadata[field])) for field in Facts._fields))
-    data = config.data
-    train, _ = load_splits(
-        data.name, data.root, classes=data.classes, images_per_class=data.images_per_class, download=data.download
-    )
-    return _facts_of(train, config.distort)
+    return _facts_of(load_data(config.data).train, config.distort)
 
 
 def _facts_of(train: Dataset, distort: Distort) -> Facts:

@@ -11,15 +11,15 @@ import statistics
 import time
 from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cutnmix.benchmarks.reproduce.grid import IMAGES_PER_CLASS, Planned
 from cutnmix.models.cost import branches_cost, cost
-from cutnmix.pipeline.datasets import DataError, load_splits
+from cutnmix.pipeline.datasets import DataError
 from cutnmix.pipeline.distort import view_size
 from cutnmix.pipeline.plan import Distort
-from cutnmix.trainer.config import Config, ConfigError
+from cutnmix.trainer.build import load_data
+from cutnmix.trainer.config import Config, ConfigError, Data
 from cutnmix.trainer.folder import RunFolder
 from cutnmix.trainer.overview import stepping
 
@@ -62,9 +62,7 @@ def sizes(config: Config) -> Sizes:
     """How many images a run trains and tests on; CIFAR's without a look at the files."""
     data = config.data
     if data.name not in CIFAR:
-        return _loaded_sizes(
-            data.name, data.root, _frozen(data.classes), data.images_per_class, config.distort.image_size
-        )
+        return _loaded_sizes(data.model_dump_json(), config.distort.image_size)
     every = CIFAR[data.name]
     classes = every if data.classes is None else data.classes if isinstance(data.classes, int) else len(data.classes)
     images = IMAGES_PER_CLASS[data.name] if data.images_per_class is None else data.images_per_class
@@ -72,13 +70,10 @@ def sizes(config: Config) -> Sizes:
 
 
 @cache
-def _loaded_sizes(name: str, root: Path | None, classes: Any, images_per_class: int | None, image_size: int) -> Sizes:
-    train, test = load_splits(name, root, classes=classes, images_per_class=images_per_class, download=False)
+def _loaded_sizes(data: str, image_size: int) -> Sizes:
+    """Of the keys under `data` as JSON, which has a hash."""
+    train, test = load_data(Data.model_validate_json(data).model_copy(update={"download": False}))
     return Sizes(len(train), len(test), len(train.classes), view_size(train, Distort(image_size=image_size)))
-
-
-def _frozen(classes: Any) -> Any:
-    return tuple(classes) if isinstance(classes, list) else classes
 
 
 def work(config: Config) -> Work:
@@ -149,16 +144,11 @@ def absent_data(plan: Iterable[Planned], download: bool) -> dict[str, str]:
     `download` false keeps a look at the plan from downloading anything.
     """
     absent: dict[str, str] = {}
-    seen: set[tuple[Any, ...]] = set()
-    for run in plan:
+    different = {run.config.data.model_dump_json(): run for run in plan}
+    for run in different.values():
         data = run.config.data
-        key = (data.name, data.root, _frozen(data.classes), data.images_per_class)
-        if key in seen:
-            continue
-        seen.add(key)
-        keys: dict[str, Any] = {"classes": data.classes, "images_per_class": data.images_per_class}
         try:
-            load_splits(data.name, data.root, **keys, download=data.download and download)
+            load_data(data.model_copy(update={"download": data.download and download}))
         except DataError as error:
             absent.setdefault(run.cell.data, str(error))
     return absent
