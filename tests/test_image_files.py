@@ -128,7 +128,7 @@ def test_shards_are_the_folder(roots):
     """The same images in the same order: every field but the name, and every byte."""
     for files, members in zip(*(load_splits(name, root) for name, root in roots.items()), strict=True):
         assert np.array_equal(files.labels, members.labels) and members.labels.dtype == np.int64
-        assert files.classes == members.classes == [*CLASSES]
+        assert files.classes == members.classes == CLASSES
         assert (files.mean, files.std) == (members.mean, members.std)
         assert isinstance(members.images, Members) and len(members.images) == len(members) and not members.in_memory
         assert [files.encoded(i) for i in range(len(files))] == [members.encoded(i) for i in range(len(members))]
