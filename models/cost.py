@@ -71,6 +71,15 @@ def check_image_size(name: str, num_classes: int, size: tuple[int, int]) -> None
     _try(blueprint(name, num_classes), name, size)
 
 
+def trains_on_one(name: str, num_classes: int, size: tuple[int, int]) -> bool:
+    """Whether a network can train on a batch of one image, so every batch norm has more than one value a channel."""
+    try:
+        _forward(blueprint(name, num_classes), size, images=1)
+    except ValueError:
+        return False
+    return True
+
+
 def parameters(module: nn.Module) -> int:
     """How many numbers are trained."""
     return sum(p.numel() for p in module.parameters())
@@ -110,11 +119,11 @@ def _try(net: nn.Module, name: str, size: tuple[int, int]) -> tuple[Tensor, Tens
     return logits, feature_BD, macs
 
 
-def _forward(module: nn.Module, size: tuple[int, int]) -> tuple[Any, int]:
-    """What it makes of two images, in training, and the MACs of one.
+def _forward(module: nn.Module, size: tuple[int, int], images: int = 2) -> tuple[Any, int]:
+    """What it makes of so many images, in training, and the MACs of one.
 
     Two, because a batch norm over a single value is an error of the batch, not of the network.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        out = module(torch.empty(2, 3, *size, device="meta"))
-    return out, counter.get_total_flops() // 4
+        out = module(torch.empty(images, 3, *size, device="meta"))
+    return out, counter.get_total_flops() // (2 * images)

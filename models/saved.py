@@ -31,10 +31,11 @@ def load_network(path: Path, *, peer: int = 0, num_classes: int | None = None) -
         raise ValueError(f"{path} does not say what it is: its metadata lack {', '.join(sorted(missing))}")
     if metadata.get("peer") == "mean":
         raise ValueError(f"{path} is the mean of several peers, and no network; export one of them")
-    name, its_classes = metadata["network"], int(metadata["num_classes"])
-    if num_classes not in (None, its_classes):
-        raise ValueError(f"{path} tells {its_classes} classes apart, not {num_classes}")
+    name, told = metadata["network"], metadata["num_classes"]
+    if num_classes is not None and told != str(num_classes):
+        raise ValueError(f"{path} tells {told} classes apart, not {num_classes}")
     try:
+        its_classes = int(told)
         network = build_peer(name, its_classes, seed=0, j=0)
         network.load_state_dict(weights)
     except (ValueError, RuntimeError) as error:

@@ -21,7 +21,7 @@ from cutnmix.models import NETWORKS, build_network
 from cutnmix.models.peers import Peers
 from cutnmix.pipeline.datasets import DATASETS
 from cutnmix.trainer import checkpoint, cli, run
-from cutnmix.trainer.config import load_config
+from cutnmix.trainer.config import ConfigError, load_config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunError, RunFolder
 from cutnmix.trainer.methods import METHODS
@@ -283,7 +283,10 @@ def test_the_modules_say_a_mistake_as_the_command_does():
     ("override", "said"),
     [
         ("method.temprature=2", "method.temprature (command line): unknown key; did you mean method.temperature?"),
-        ("method.temperature=-2", "method.temperature (command line): Input should be greater than 0, got -2"),
+        (
+            "method.temperature=-2",
+            "method.temperature (command line): Input should be greater than or equal to 0.001, got -2",
+        ),
         ("method.name=[dml]", "method.name (command line): ['dml'] is not a method"),
         ("imports=my_methods", "imports (command line): Input should be a valid list"),
         ("peers.count=1", "peers.count (command line): cutnmix needs at least 2 peers, got 1"),
@@ -385,6 +388,31 @@ def quick(monkeypatch):
     monkeypatch.setitem(NETWORKS, "tiny", tasks.tiny)
     monkeypatch.setattr(run, "draw_batch", lambda *_, **__: None)
     monkeypatch.setattr(run, "draw_curves", lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            ["method=one", "peers.form=branches", "views=shared"],
+            "the last batch of an epoch has 1 image, .* of one; drop",
+        ),
+        (["method=dml", "peers.network=torchvision.resnet18"], "the last .* of torchvision.resnet18; drop_last=true"),
+        (["method=dml", "peers.network=torchvision.resnet18", "batch_size=1"], "a batch has 1 image, .*; 2 or more"),
+    ],
+)
+def test_a_batch_too_small_for_its_norms_is_refused(keys, said, tmp_path):
+    small = ["data.images_per_class=1", "batch_size=3", "epochs=1", "mix=none", f"runs={tmp_path / 'runs'}"]
+    with pytest.raises(ConfigError, match=rf"^batch_size: {said}"):
+        run.train(load_config("quickstart", [*small, *keys]))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("method", ["dml", "cutnmix"])
+def test_one_image_is_a_batch_where_all_norms_can_learn_of_it(method, quick, tmp_path):
+    small = ["data.images_per_class=1", "batch_size=3", "epochs=1", "mix=none", "peers.network=resnet20"]
+    config = load_config("quickstart", [*small, f"method={method}", f"runs={tmp_path}"])
+    assert run.train(config)["steps"] == 4  # of 10 images
 
 
 @pytest.mark.parametrize(("views", "mix", "method", "loader"), COMBINATIONS)

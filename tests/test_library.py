@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ from cutnmix.models import NETWORKS, build_network, library
 from cutnmix.models.cost import blueprint, branches_cost, check_image_size, cost, made_for, parameters
 from cutnmix.models.peers import Peers
 from cutnmix.trainer import cli
+from cutnmix.trainer.norm import synchronise
 
 # name, image side, keys of its builder, path of its head
 LIBRARY = [
@@ -292,3 +294,10 @@ def test_models_takes_names_and_classes(models):
     ]
     _, code, err = models("resnt20")
     assert code == 2 and err.startswith("error: no 'resnt20', did you mean 'resnet20'?")
+
+
+def test_norms_that_are_more_than_norms_are_not_synchronised():
+    """torch's conversion would leave their activations out, and so train another network."""
+    nobody: Any = None  # it is refused before a group is asked for
+    with pytest.raises(ValueError, match=r"^mesh\.sync_batch_norm: a network has BatchNormAct2d, which does more"):
+        synchronise(blueprint("timm.efficientnet_b0", 4), nobody, torch.device("cpu"))

@@ -68,7 +68,7 @@ NUMBERS = [
     for key, (_, default) in method.keys_of(METHODS[name]).items()
     if not isinstance(default, (bool, str))
 ]
-BOUNDS = {"temperature": 0, "feature_dim": 0, "decay": 1, "holdout": 1, "alpha_T": 1.1, "correct": 1}  # outside
+BOUNDS = {"temperature": 0, "feature_dim": 0, "decay": 1, "holdout": 0, "alpha_T": 1.1, "correct": 1}  # outside
 
 
 @pytest.mark.parametrize("value", ["-1", ".nan", ".inf", "[1]"])

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from cutnmix.models.peers import Outputs
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.methods.baseline import Baseline
+from cutnmix.trainer.methods.cutnmix import CutnMixDistillation
 from cutnmix.trainer.methods.dml import DML
 
 TERMS = {
@@ -190,6 +191,23 @@ def test_tau2_is_a_factor_of_dml_alone():
     on, off = (terms(build("cutnmix", tau2=tau2), made, batch()) for tau2 in (True, False))
     torch.testing.assert_close(on.pop("dml"), 9 * off.pop("dml"))
     assert on == off
+
+
+def test_maps_to_one_feature_size_keep_distances_and_are_not_trained():
+    """The MMD is their only loss: trained, they would bring it to 0 in place of the peers, or diverge."""
+    task = make_task(2)._replace(feature_dims=(D, 2 * D))
+    method = CutnMixDistillation(task, feature_dim=D)
+    assert method.projection is not None
+    assert not any(p.requires_grad for p in method.projection.parameters())
+    torch.manual_seed(0)
+    narrow, wide = torch.randn(B, D), torch.randn(B, 2 * D)
+    with torch.autocast("cpu", torch.bfloat16):
+        mapped_JBD = method.projection((narrow, wide))
+    assert mapped_JBD.dtype == torch.float32
+    torch.testing.assert_close(torch.cdist(mapped_JBD[0], mapped_JBD[0]), torch.cdist(narrow, narrow))
+    made = Outputs(outputs(2, torch.float32).logits, (narrow, wide.requires_grad_()))
+    method(made, batch(), PEERS)["mmd"].backward()
+    assert wide.grad is not None and wide.grad.any()
 
 
 def test_baseline_trains_any_number_of_peers():

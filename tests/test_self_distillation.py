@@ -467,6 +467,16 @@ def test_a_peer_that_the_run_has_not_is_refused(tmp_path):
         build("kd", teacher=str(tmp_path), teacher_peer=2)
 
 
+def test_a_file_is_one_peer_and_may_lie_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_network(tmp_path / "x.safetensors")
+    build("kd", teacher="~/x.safetensors")
+    with pytest.raises(
+        ValueError, match=r"method\.teacher_peer must be left out where method\.teacher is a file, got 7"
+    ):
+        build("kd", teacher="~/x.safetensors", teacher_peer=7)
+
+
 # What is refused, what is not
 
 
@@ -474,6 +484,7 @@ def test_a_peer_that_the_run_has_not_is_refused(tmp_path):
     ("name", "keys", "message"),
     [
         ("tf_kd", {"correct": 0.25}, r"correct must be > 1 / K, K = 4, got 0\.25"),
+        ("tf_kd", {"alpha": 1.0, "multiplier": 0.0}, r"multiplier must be > 0 under method\.alpha: 1, which leaves no"),
         ("tf_kd", {"teacher": "runs/x"}, r"teacher must be left out under method\.variant: reg, got 'runs/x'"),
     ],
 )  # fmt: skip

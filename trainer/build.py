@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from cutnmix.models import check_name
-from cutnmix.models.cost import blueprint, branches_cost, check_image_size
+from cutnmix.models.cost import blueprint, branches_cost, check_image_size, trains_on_one
 from cutnmix.models.peers import Peers, seeded
 from cutnmix.pipeline.datasets import Dataset, Splits, TestImages, load_splits
 from cutnmix.pipeline.distort import view_size
@@ -177,12 +177,15 @@ def _share(batch_size: int, mesh: Mesh) -> int:
 
 def _check_parts(config: Config, splits: Splits, setting: Setting, mesh: Mesh) -> None:
     """Refuse parts without images, and what processes with different peers would have to agree on."""
-    left_over = len(splits.train) % config.batch_size
-    if not config.drop_last and 0 < left_over < mesh.data:
+    left_over = 0 if config.drop_last else len(splits.train) % config.batch_size
+    if 0 < left_over < mesh.data:
         raise ConfigError(
             f"mesh.data: the last batch of an epoch has {left_over} images, too few for {mesh.data} processes; "
             f"drop_last=true leaves it out"
         )
+    if (left_over or config.batch_size) // mesh.data == 1 and not (config.mesh.sync_batch_norm and mesh.data > 1):
+        last = ("the last batch of an epoch", "drop_last=true leaves it out")
+        _check_single(config, splits.train, *(last if left_over else ("a batch", "2 or more are needed")))
     if len(splits.test) < mesh.data:
         raise ConfigError(f"mesh.data: {len(splits.test)} test images are too few for {mesh.data} processes")
     if mesh.size > 1 and setting.compile == "graph":
@@ -191,6 +194,19 @@ def _check_parts(config: Config, splits: Splits, setting: Setting, mesh: Mesh) -
         raise ConfigError(
             "precision: fp16 skips a step where a gradient overflows, and peers of several processes (mesh.peer) would "
             "skip apart; use bf16 or fp32"
+        )
+
+
+def _check_single(config: Config, train: Dataset, batch: str, advice: str) -> None:
+    """Refuse networks, and a method, that cannot train on one image."""
+    num_classes, size = len(train.classes), view_size(train, config.distort)
+    names = [name for name in dict.fromkeys(config.peers.networks) if not trains_on_one(name, num_classes, size)]
+    if config.needs.min_images > 1:
+        names.append(config.method["name"])
+    if names:
+        raise ConfigError(
+            f"batch_size: {batch} has 1 image{' a process' * (config.num_processes > 1)}, too few for the batch norms "
+            f"of {' and '.join(names)}; {advice}"
         )
 
 
@@ -256,11 +272,11 @@ def make_learner(config: Config, setting: Setting, *, num_classes: int, num_imag
         keys: dict[str, Any] = {key: value for key, value in config.method.items() if key != "name"}
         with seeded(config.seed, METHOD_STREAM):
             method: Any = METHODS[config.method["name"]](task, **keys)
+        if config.mesh.sync_batch_norm and mesh.data > 1 and mesh.data_group is not None:
+            for module in (peers, method):
+                synchronise(module, mesh.data_group, setting.device)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if config.mesh.sync_batch_norm and mesh.data > 1 and mesh.data_group is not None:
-        for module in (peers, method):
-            synchronise(module, mesh.data_group, setting.device)
     peers, method = peers.to(setting.device), method.to(setting.device)
     if config.channels_last:
         for module in (peers, method):  # a method may hold networks: a teacher, moving averages

@@ -12,7 +12,7 @@ from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.exchange import ALONE, Exchange
 
 # What a key of a method may be, of finite numbers. A configuration is held to it before any data is read.
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=1e-3, le=1e4)]  # so that T, 1 / T and T^2 are finite in float32
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -26,6 +26,7 @@ class Needs(NamedTuple):
 
     paper: str = ""  # authors, venue, year: what `cutnmix methods` shows
     min_peers: int = 1
+    min_images: int = 1  # of a batch, where a process sees them: what its batch norms need
     form: Literal["branches"] | None = None  # the only peers.form that it is defined for
     second: Literal["image", "class"] | None = None  # a second view of each image, or of another one of its class
     refuses: Mapping[str, str] = {}  # mix.name -> why the two have no meaning together
@@ -61,7 +62,7 @@ class Method(Protocol):
     """An nn.Module, so that optimizer, device, compile and checkpoint need to know no more than that.
 
     Built as `METHODS[name](task, **keys)`: keyword-only arguments are the YAML keys under `method`, each with a
-    default, its paper's, and a type that says which values make sense, such as Positive. trainer/config.py refuses a
+    default, its paper's, and a type that says which values make sense, such as NotNegative. trainer/config.py refuses a
     configuration with others; who calls the class is believed. What only the task or another key can tell is a
     ValueError that names the key. Parameters are trained unless they ask for no gradient; buffers are what it
     remembers, and are in every checkpoint.

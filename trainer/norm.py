@@ -6,9 +6,20 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_reduce, wait_tensor
 from torch.nn.functional import batch_norm
 
+PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
 
 def synchronise(module: nn.Module, group: dist.ProcessGroup, device: torch.device) -> None:
-    """Put torch.nn.SyncBatchNorm in place of every batch norm within; on a CPU, which that refuses, our twin."""
+    """Put torch.nn.SyncBatchNorm in place of every batch norm within; on a CPU, which that refuses, our twin.
+
+    Raises: ValueError, naming the key, for layers that are more than a batch norm, which would lose the rest.
+    """
+    norms = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    if more := sorted({type(layer).__name__ for layer in norms if type(layer) not in PLAIN}):
+        raise ValueError(
+            f"mesh.sync_batch_norm: a network has {', '.join(more)}, which does more than a batch norm and cannot be "
+            f"synchronised; write false, or take another network"
+        )
     nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
     if device.type == "cpu":
         for layer in module.modules():

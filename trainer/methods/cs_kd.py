@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import cross_entropy, kl
-from cutnmix.trainer.method import Needs, NotNegative, Positive, Task
+from cutnmix.trainer.method import Needs, NotNegative, Task, Temperature
 
 MIXED = "a mixed image has no one class that another image could be drawn from"
 
@@ -36,7 +36,7 @@ class CSKD(nn.Module):
         predicts=1,
     )
 
-    def __init__(self, task: Task, *, temperature: Positive = 4.0, weight: NotNegative = 1.0) -> None:
+    def __init__(self, task: Task, *, temperature: Temperature = 4.0, weight: NotNegative = 1.0) -> None:
         super().__init__()
         self.temperature, self.weight = temperature, weight
 

@@ -17,6 +17,8 @@ Source: the paper; no code of its authors is public. Where it leaves a choice, o
   and z^PT are held fixed in it. `mmd_detach: false` lets L_MMD^j pull f^k as well, which doubles its gradient.
 - The MMD is the squared norm, a sum over the D features (not their mean), of the globally averaged features after the
   last ReLU. At beta = 0.3 it can outweigh the rest: watch its share of the loss.
+- It compares features of one size. `feature_dim` projects others to one, by maps that are drawn and never trained:
+  trained, they would shrink the distance in place of the peers.
 - Features, logits and teacher all see the mixed images (Algorithm 1 mixes before it computes them), and the teacher is
   taught the mixed targets.
 - g is one linear layer on the concatenated features, as in PCL (AAAI 2021), which the paper cites for it.
@@ -34,7 +36,7 @@ from torch.nn.functional import linear
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl, mmd, mutual_kl
-from cutnmix.trainer.method import Needs, NotNegative, Positive, Size, Task
+from cutnmix.trainer.method import Needs, NotNegative, Size, Task, Temperature
 from cutnmix.trainer.projection import Projection
 
 
@@ -50,7 +52,7 @@ class CutnMixDistillation(nn.Module):
         self,
         task: Task,
         *,
-        temperature: Positive = 3.0,
+        temperature: Temperature = 3.0,
         alpha: NotNegative = 0.6,
         beta: NotNegative = 0.3,
         gamma: NotNegative = 0.1,
@@ -66,7 +68,9 @@ class CutnMixDistillation(nn.Module):
         self.over = task.over
         self.projection = self.peer_teacher = None
         if beta:
-            self.projection = Projection(task.feature_dims, feature_dim, term="the MMD (method.beta)", own=task.own)
+            self.projection = Projection(
+                task.feature_dims, feature_dim, term="the MMD (method.beta)", trained=False, own=task.own
+            )
         if gamma:
             self.peer_teacher = nn.Linear(sum(task.feature_dims), task.K)
             own = [self.peer_teacher.weight.split(task.feature_dims, 1)[j] for j in task.own]

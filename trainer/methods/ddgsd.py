@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import cross_entropy, kl, mmd
-from cutnmix.trainer.method import Needs, NotNegative, Positive, Task
+from cutnmix.trainer.method import Needs, NotNegative, Task, Temperature
 
 
 class DDGSD(nn.Module):
@@ -37,7 +37,12 @@ class DDGSD(nn.Module):
     needs = Needs("Xu and Liu, AAAI 2019", second="image")
 
     def __init__(
-        self, task: Task, *, temperature: Positive = 3.0, kl_weight: NotNegative = 1.0, mmd_weight: NotNegative = 5e-4
+        self,
+        task: Task,
+        *,
+        temperature: Temperature = 3.0,
+        kl_weight: NotNegative = 1.0,
+        mmd_weight: NotNegative = 5e-4,
     ) -> None:
         super().__init__()
         self.temperature, self.kl_weight, self.mmd_weight = temperature, kl_weight, mmd_weight

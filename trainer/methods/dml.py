@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import cross_entropy, mutual_kl
-from cutnmix.trainer.method import Needs, NotNegative, Positive, Task
+from cutnmix.trainer.method import Needs, NotNegative, Task, Temperature
 
 
 class DML(nn.Module):
@@ -28,7 +28,7 @@ class DML(nn.Module):
 
     needs = Needs("Zhang et al., CVPR 2018", min_peers=2)
 
-    def __init__(self, task: Task, *, temperature: Positive = 1.0, alpha: NotNegative = 1.0) -> None:
+    def __init__(self, task: Task, *, temperature: Temperature = 1.0, alpha: NotNegative = 1.0) -> None:
         super().__init__()
         self.temperature, self.alpha, self.over = temperature, alpha, task.over
 

@@ -21,7 +21,7 @@ from cutnmix.models.peers import Outputs, Peers
 from cutnmix.models.saved import Frozen, load_network
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl
-from cutnmix.trainer.method import Fraction, Index, Needs, Positive, Task
+from cutnmix.trainer.method import Fraction, Index, Needs, Task, Temperature
 
 
 class KD(nn.Module):
@@ -39,7 +39,7 @@ class KD(nn.Module):
         *,
         teacher: str = "",
         teacher_peer: Index = 0,
-        temperature: Positive = 4.0,
+        temperature: Temperature = 4.0,
         alpha: Fraction = 0.9,
     ) -> None:
         super().__init__()
@@ -64,8 +64,11 @@ def load_teacher(task: Task, teacher: str, teacher_peer: int) -> Frozen:
     """The network that the two keys name. Raises: ValueError, naming the key."""
     if not teacher:
         raise ValueError("method.teacher must be a finished run's folder or a .safetensors file, got ''")
+    path = Path(teacher).expanduser()
+    if teacher_peer and path.is_file():
+        raise ValueError(f"method.teacher_peer must be left out where method.teacher is a file, got {teacher_peer}")
     try:
-        return Frozen(load_network(Path(teacher), peer=teacher_peer, num_classes=task.K))
+        return Frozen(load_network(path, peer=teacher_peer, num_classes=task.K))
     except ValueError as error:
         raise ValueError(f"method.teacher: {error}") from error
 

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl, log_probs
-from cutnmix.trainer.method import BelowOne, Needs, NotNegative, Positive, Task
+from cutnmix.trainer.method import Needs, NotNegative, Share, Task, Temperature
 
 PAIR_STEPS = 8  # of `linear` for every peer beyond the second
 HALVINGS = 16
@@ -65,7 +65,9 @@ def linear(logits_JBK: Tensor, target_BK: Tensor) -> Tensor:
     where it is 0, to 2^-16 of the way. For J = 2 one step is the whole problem. For J > 2 there are
     PAIR_STEPS (J - 2) + 1, and where three or more peers share an optimum they only come near it: on one-hot targets,
     for logits of standard deviation 4, to 1e-3 nats on 99 of 100 images (held to by tests/test_kdcl.py), never above
-    `naive`. The number of steps does not depend on the numbers, so nothing is read back to the host.
+    `naive`. The number of steps does not depend on the numbers, so nothing is read back to the host. They are many, and
+    torch.compile unrolls them: for J = 2 that takes 17 s on a CPU, and far longer with each peer more. Then write
+    `compile: none`.
     """
     num_peers = len(logits_JBK)
     best_B = _cross_entropies(logits_JBK, target_BK).argmin(0)
@@ -151,9 +153,9 @@ class KDCL(nn.Module):
         task: Task,
         *,
         variant: Literal["minlogit", "naive", "linear", "general", "mean"] = "minlogit",
-        temperature: Positive | None = None,
+        temperature: Temperature | None = None,
         weight: NotNegative | None = None,
-        holdout: BelowOne = 0.02,
+        holdout: Share = 0.02,
     ) -> None:
         super().__init__()
         if temperature is None:

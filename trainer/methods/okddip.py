@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl, ramp_up
-from cutnmix.trainer.method import Needs, NotNegative, Positive, Size, Task
+from cutnmix.trainer.method import Needs, NotNegative, Size, Task, Temperature
 from cutnmix.trainer.projection import Projection
 
 
@@ -43,7 +43,7 @@ class OKDDip(nn.Module):
         self,
         task: Task,
         *,
-        temperature: Positive = 3.0,
+        temperature: Temperature = 3.0,
         weight: NotNegative = 1.0,
         ramp_epochs: NotNegative = 80.0,
         detach_logits: bool = False,
@@ -55,7 +55,7 @@ class OKDDip(nn.Module):
         self.projection = self.query = self.key = None
         if weight:
             dims = task.feature_dims[:-1]
-            self.projection = Projection(dims, feature_dim, term="the attention of okddip")
+            self.projection = Projection(dims, feature_dim, term="the attention of okddip", trained=True)
             D = Projection.size(dims, feature_dim)
             self.query = nn.Linear(D, max(1, D // 8), bias=False)
             self.key = nn.Linear(D, max(1, D // 8), bias=False)

@@ -21,18 +21,22 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl, ramp_up
-from cutnmix.trainer.method import Needs, NotNegative, Positive, Task
+from cutnmix.trainer.method import Needs, NotNegative, Task, Temperature
 
 
 class ONE(nn.Module):
     """{"ce", "teacher_ce", "kl"}; "kl" is left out where weight = 0."""
 
     needs = Needs(
-        "Lan et al., NeurIPS 2018", min_peers=2, form="branches", whole={"peer": "its branches share one trunk"}
+        "Lan et al., NeurIPS 2018",
+        min_images=2,
+        min_peers=2,
+        form="branches",
+        whole={"peer": "its branches share one trunk"},
     )
 
     def __init__(
-        self, task: Task, *, temperature: Positive = 3.0, weight: NotNegative = 1.0, ramp_epochs: NotNegative = 80.0
+        self, task: Task, *, temperature: Temperature = 3.0, weight: NotNegative = 1.0, ramp_epochs: NotNegative = 80.0
     ) -> None:
         super().__init__()
         assert task.trunk_dim is not None  # `needs` says branches

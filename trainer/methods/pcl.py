@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl, others_kl, ramp_up
-from cutnmix.trainer.method import BelowOne, Needs, NotNegative, Positive, Task
+from cutnmix.trainer.method import BelowOne, Needs, NotNegative, Task, Temperature
 
 
 class PCL(nn.Module):
@@ -48,7 +48,7 @@ class PCL(nn.Module):
         self,
         task: Task,
         *,
-        temperature: Positive = 3.0,
+        temperature: Temperature = 3.0,
         en_weight: NotNegative = 1.0,
         mean_weight: NotNegative = 1.0,
         decay: BelowOne = 0.999,

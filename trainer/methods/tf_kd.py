@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import cross_entropy, kl, log_probs
-from cutnmix.trainer.method import Fraction, Index, Needs, NotNegative, Positive, Share, Task
+from cutnmix.trainer.method import Fraction, Index, Needs, NotNegative, Share, Task, Temperature
 from cutnmix.trainer.methods.kd import load_teacher, teacher_logits
 
 
@@ -59,8 +59,8 @@ class TfKD(nn.Module):
 
     Args: `correct`, `formula` are of reg, `teacher`, `teacher_peer` of self (a finished run's folder and its peer, or
     one .safetensors file); None is the number above.
-    Raises: ValueError for `method.correct` <= 1 / K, and a `method.teacher` under reg, or under self one that
-    is not there, cannot be read, has another number of classes or is another network than the peers.
+    Raises: ValueError for `method.correct` <= 1 / K, weights that leave no loss, and a `method.teacher` under reg, or
+    under self one that is not there, cannot be read, has other classes or is another network than the peers.
     """
 
     needs = Needs("Yuan et al., CVPR 2020")
@@ -70,7 +70,7 @@ class TfKD(nn.Module):
         task: Task,
         *,
         variant: Literal["reg", "self"] = "reg",
-        temperature: Positive | None = None,
+        temperature: Temperature | None = None,
         alpha: Fraction | None = None,
         multiplier: NotNegative = 1.0,
         correct: Share = 0.99,
@@ -85,6 +85,8 @@ class TfKD(nn.Module):
             alpha = 0.1 if variant == "reg" else 0.95
         if correct <= 1 / task.K:
             raise ValueError(f"method.correct must be > 1 / K, K = {task.K}, got {correct}")
+        if alpha == 1 and not multiplier:
+            raise ValueError("method.multiplier must be > 0 under method.alpha: 1, which leaves no other loss")
         if variant == "reg" and teacher:
             raise ValueError(f"method.teacher must be left out under method.variant: reg, got {teacher!r}")
         self.alpha, self.weight = alpha, alpha * multiplier
