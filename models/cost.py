@@ -72,7 +72,10 @@ def check_image_size(name: str, num_classes: int, size: tuple[int, int]) -> None
 
 
 def trains_on_one(name: str, num_classes: int, size: tuple[int, int]) -> bool:
-    """Whether a network can train on a batch of one image, so every batch norm has more than one value a channel."""
+    """Whether a network that takes such images can train on a batch of one.
+
+    Not where a batch norm would see a single value a channel, as on a map of one pixel.
+    """
     try:
         _forward(blueprint(name, num_classes), size, images=1)
     except ValueError:
@@ -122,7 +125,7 @@ def _try(net: nn.Module, name: str, size: tuple[int, int]) -> tuple[Tensor, Tens
 def _forward(module: nn.Module, size: tuple[int, int], images: int = 2) -> tuple[Any, int]:
     """What it makes of so many images, in training, and the MACs of one.
 
-    Two, because a batch norm over a single value is an error of the batch, not of the network.
+    Two unless asked, because a batch norm over a single value is an error of the batch, not of the network.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         out = module(torch.empty(images, 3, *size, device="meta"))

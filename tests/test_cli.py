@@ -408,6 +408,12 @@ def test_a_batch_too_small_for_its_norms_is_refused(keys, said, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_size_that_a_network_does_not_take_is_told_before_that_of_a_batch(tmp_path):
+    small = ["data.images_per_class=1", "batch_size=3", "method=dml", "mix=none", f"runs={tmp_path / 'runs'}"]
+    with pytest.raises(ConfigError, match=r"^peers\.network: torchvision\.vit_b_16 does not take images of 32 x 32"):
+        run.train(load_config("quickstart", [*small, "peers.network=torchvision.vit_b_16"]))
+
+
 @pytest.mark.parametrize("method", ["dml", "cutnmix"])
 def test_one_image_is_a_batch_where_all_norms_can_learn_of_it(method, quick, tmp_path):
     small = ["data.images_per_class=1", "batch_size=3", "epochs=1", "mix=none", "peers.network=resnet20"]
@@ -442,6 +448,6 @@ def test_a_loss_that_is_not_finite_is_in_no_checkpoint(quick, tmp_path):
     keys = ["peers.network=tiny", "data.classes=3", "precision=fp32", "optimizer.lr=1e30", "schedule=constant"]
     often = ["log_every=50", "checkpoint.every_steps=1", "batch_size=4", "name=run", f"runs={tmp_path}"]
     with pytest.raises(RunError, match=r"step [23]: ce, .*total is not finite"):  # of 6
-        run.train(load_config("quickstart", [*SMALL, "log_every=50", *keys, *often]))
+        run.train(load_config("quickstart", [*SMALL, *keys, *often]))
     kept = checkpoint.load(RunFolder(tmp_path / "run").last, torch.device("cpu"))
     assert kept["tally"]["sums"].isfinite().all() and 0 < kept["tally"]["steps"] == kept["position"][1]

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from cutnmix.benchmarks.reproduce import estimate
+from cutnmix.benchmarks.reproduce.grid import Cell, Planned, load_grid
 from cutnmix.pipeline.ahead import ahead
 from cutnmix.pipeline.batch import Views
 from cutnmix.pipeline.datasets import DataError, Dataset, load_splits
@@ -594,6 +595,8 @@ def test_shards_named_by_patterns_are_found_by_a_plan_and_an_export_too(roots, t
     keys = ["data=webdataset", f"data.root={root}", "data.train=train-*.tar", "data.val=val-*.tar"]
     config = load_config("quickstart", [*KEYS, *keys, f"runs={tmp_path}", "name=run", "compile=none"])
     assert estimate.sizes(config)[:3] == (14, 6, 3)
+    planned = Planned(Cell("webdataset", "resnet20", load_grid("s1").rows[0]), config.seed, config)
+    assert estimate.absent_data([planned], download=False) == {}
     train_run(config)
     (tmp_path / "run" / "peers" / "peer0.safetensors").unlink()  # as of a run that still trains
     path, _ = export(tmp_path / "run", "safetensors", "0")

@@ -68,7 +68,14 @@ NUMBERS = [
     for key, (_, default) in method.keys_of(METHODS[name]).items()
     if not isinstance(default, (bool, str))
 ]
-BOUNDS = {"temperature": 0, "feature_dim": 0, "decay": 1, "holdout": 0, "alpha_T": 1.1, "correct": 1}  # outside
+BOUNDS = [  # just outside
+    *((name, key, 0) for name, key in NUMBERS if key in ("temperature", "feature_dim")),
+    *((name, "alpha", 1.1) for name in ("kd", "tf_kd")),
+    ("ps_kd", "alpha_T", 1.1),
+    ("pcl", "decay", 1),
+    *(("kdcl", "holdout", value) for value in (0, 1)),
+    *(("tf_kd", "correct", value) for value in (0, 1)),
+]
 
 
 @pytest.mark.parametrize("value", ["-1", ".nan", ".inf", "[1]"])
@@ -78,10 +85,10 @@ def test_a_number_without_meaning_is_refused_by_the_configuration(name, key, val
         load_config("paper", [f"method={name}", f"method.{key}={value}"])
 
 
-@pytest.mark.parametrize(("name", "key"), [each for each in NUMBERS if each[1] in BOUNDS])
-def test_bounds_of_a_number_are_kept_by_the_configuration(name, key):
-    with pytest.raises(ConfigError, match=rf"^method\.{key} \(command line\): Input should be .*got {BOUNDS[key]}"):
-        load_config("paper", [f"method={name}", f"method.{key}={BOUNDS[key]}"])
+@pytest.mark.parametrize(("name", "key", "value"), BOUNDS)
+def test_bounds_of_a_number_are_kept_by_the_configuration(name, key, value):
+    with pytest.raises(ConfigError, match=rf"^method\.{key} \(command line\): Input should be .*got {value}$"):
+        load_config("paper", [f"method={name}", f"method.{key}={value}"])
 
 
 @EACH

@@ -441,6 +441,7 @@ def test_only_kd_takes_a_teacher_of_another_network(tmp_path):
         (lambda path: save_network(path / "x", says={"peer": "mean"}), "is the mean of several peers"),
         (lambda path: save_network(path / "x", "tiny_wide", says={"network": "tiny"}), "is no 'tiny' of this"),
         (lambda path: save_network(path / "x", says={"network": "unknown"}), "no 'unknown'"),
+        (lambda path: save_network(path / "x", says={"num_classes": "ten"}), f"x tells ten classes apart, not {K}"),
     ],
 )
 def test_a_teacher_that_cannot_be_had_is_refused_with_its_key(name, made, said, tmp_path):

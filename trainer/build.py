@@ -118,6 +118,7 @@ def build(config: Config, mesh: Mesh = ONE, test: TestImages = "test") -> Parts:
     _check_parts(config, splits, setting, mesh)
     left_out = [_left_out(split) for split in splits if split.left_out]
     notes = [*setting.notes, *_checked_networks(config, splits.train), *left_out]
+    _check_single(config, splits.train, mesh)
     train = splits.train
     learner = make_learner(config, setting, num_classes=len(train.classes), num_images=len(train), mesh=mesh)
     graphed = config.images_per_step if setting.compile == "graph" else None
@@ -177,15 +178,12 @@ def _share(batch_size: int, mesh: Mesh) -> int:
 
 def _check_parts(config: Config, splits: Splits, setting: Setting, mesh: Mesh) -> None:
     """Refuse parts without images, and what processes with different peers would have to agree on."""
-    left_over = 0 if config.drop_last else len(splits.train) % config.batch_size
+    left_over = _left_over(config, splits.train)
     if 0 < left_over < mesh.data:
         raise ConfigError(
             f"mesh.data: the last batch of an epoch has {left_over} images, too few for {mesh.data} processes; "
             f"drop_last=true leaves it out"
         )
-    if (left_over or config.batch_size) // mesh.data == 1 and not (config.mesh.sync_batch_norm and mesh.data > 1):
-        last = ("the last batch of an epoch", "drop_last=true leaves it out")
-        _check_single(config, splits.train, *(last if left_over else ("a batch", "2 or more are needed")))
     if len(splits.test) < mesh.data:
         raise ConfigError(f"mesh.data: {len(splits.test)} test images are too few for {mesh.data} processes")
     if mesh.size > 1 and setting.compile == "graph":
@@ -197,13 +195,25 @@ def _check_parts(config: Config, splits: Splits, setting: Setting, mesh: Mesh) -
         )
 
 
-def _check_single(config: Config, train: Dataset, batch: str, advice: str) -> None:
-    """Refuse networks, and a method, that cannot train on one image."""
+def _left_over(config: Config, train: Dataset) -> int:
+    """The images of an epoch's last batch where that is not full, or 0."""
+    return 0 if config.drop_last else len(train) % config.batch_size
+
+
+def _check_single(config: Config, train: Dataset, mesh: Mesh) -> None:
+    """Refuse batches of one image where networks, which take the views, or the method cannot train on one."""
+    left_over = _left_over(config, train)
+    synchronised = config.mesh.sync_batch_norm and mesh.data > 1
+    if synchronised or (left_over or config.batch_size) // mesh.data > 1:
+        return
     num_classes, size = len(train.classes), view_size(train, config.distort)
     names = [name for name in dict.fromkeys(config.peers.networks) if not trains_on_one(name, num_classes, size)]
     if config.needs.min_images > 1:
         names.append(config.method["name"])
     if names:
+        batch, advice = "a batch", "2 or more are needed"
+        if left_over:
+            batch, advice = "the last batch of an epoch", "drop_last=true leaves it out"
         raise ConfigError(
             f"batch_size: {batch} has 1 image{' a process' * (config.num_processes > 1)}, too few for the batch norms "
             f"of {' and '.join(names)}; {advice}"
