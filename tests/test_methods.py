@@ -6,6 +6,7 @@ test_branches.py.
 
 import copy
 import inspect
+import re
 from typing import Any
 
 import oracle
@@ -89,6 +90,24 @@ def test_a_number_without_meaning_is_refused_by_the_configuration(name, key, val
 def test_bounds_of_a_number_are_kept_by_the_configuration(name, key, value):
     with pytest.raises(ConfigError, match=rf"^method\.{key} \(command line\): Input should be .*got {value}$"):
         load_config("paper", [f"method={name}", f"method.{key}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "key", "value", "belongs"),
+    [
+        *(("kdcl", variant, "holdout", "0.1", "general") for variant in ("minlogit", "naive", "linear", "mean")),
+        ("tf_kd", "self", "correct", "0.9", "reg"),
+        ("tf_kd", "self", "formula", "paper", "reg"),
+        ("tf_kd", "reg", "teacher", "runs/x", "self"),
+        ("tf_kd", "reg", "teacher_peer", "1", "self"),
+    ],
+)
+def test_a_key_of_another_variant_is_refused(name, variant, key, value, belongs):
+    keys = [f"method={name}", f"method.{key}={value}"]
+    said = f"method.{key} (command line): would do nothing under method.variant: {variant}"
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
+        load_config("paper", [*keys, f"method.variant={variant}"])
+    assert str(load_config("paper", [*keys, f"method.variant={belongs}"]).method[key]) == value
 
 
 @EACH

@@ -486,7 +486,6 @@ def test_a_file_is_one_peer_and_may_lie_at_home(tmp_path, monkeypatch):
     [
         ("tf_kd", {"correct": 0.25}, r"correct must be > 1 / K, K = 4, got 0\.25"),
         ("tf_kd", {"alpha": 1.0, "multiplier": 0.0}, r"multiplier must be > 0 under method\.alpha: 1, which leaves no"),
-        ("tf_kd", {"teacher": "runs/x"}, r"teacher must be left out under method\.variant: reg, got 'runs/x'"),
     ],
 )  # fmt: skip
 def test_values_that_do_not_fit_the_others_are_refused_with_their_key(name, keys, message):

@@ -8,7 +8,7 @@ which writes nothing.
 import difflib
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -263,9 +263,23 @@ def _validated(tree: Any, origin: Callable[[str], str]) -> Config:
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item, origin) for item in error.errors())) from None
     config = config.model_copy(update={"method": _checked_method(config.method, origin), "mix": _complete(config)})
+    for key, value in _truths_for_numbers(tree, config.model_dump(), ()):
+        raise ConfigError(f"{key} ({origin(key)}): Input should be a number, got {value}")
     _check_needs(config, origin)
     _check_mesh(config, origin)
     return config
+
+
+def _truths_for_numbers(given: Any, read: Any, path: tuple[str, ...]) -> Iterator[tuple[str, bool]]:
+    """The keys where true or false was read as a number, which pydantic does."""
+    if isinstance(given, dict) and isinstance(read, dict):
+        for key in given:
+            yield from _truths_for_numbers(given[key], read.get(key), (*path, key))
+    elif isinstance(given, list) and isinstance(read, list | tuple):
+        for one, other in zip(given, read, strict=True):
+            yield from _truths_for_numbers(one, other, path)
+    elif isinstance(given, bool) and not isinstance(read, bool):
+        yield ".".join(path), given
 
 
 def _import(tree: Any, origin: Callable[[str], str]) -> None:
@@ -400,7 +414,13 @@ def _checked_method(method: dict[str, Any], origin: Callable[[str], str]) -> dic
     except ValidationError as error:
         lines = (_explain(item, origin, prefix=("method",), fields=list(keys)) for item in error.errors())
         raise ConfigError("\n".join(lines)) from None
-    return {"name": name, **checked.model_dump()}
+    values = checked.model_dump()
+    for key, variant in METHODS[name].needs.of_variant.items():
+        if values["variant"] != variant and values[key] != keys[key][1]:
+            raise ConfigError(
+                f"method.{key} ({origin(f'method.{key}')}): would do nothing under method.variant: {values['variant']}"
+            )
+    return {"name": name, **values}
 
 
 def _explain(

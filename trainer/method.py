@@ -31,6 +31,7 @@ class Needs(NamedTuple):
     second: Literal["image", "class"] | None = None  # a second view of each image, or of another one of its class
     refuses: Mapping[str, str] = {}  # mix.name -> why the two have no meaning together
     whole: Mapping[str, str] = {}  # axis of the mesh, data or peer -> why it cannot be split along that
+    of_variant: Mapping[str, str] = {}  # key of the method -> the only `variant` under which it does something
     predicts: int = 0  # passes of an image through a network without gradients, beside the trained one; a teacher's not
 
 

@@ -66,8 +66,8 @@ def linear(logits_JBK: Tensor, target_BK: Tensor) -> Tensor:
     PAIR_STEPS (J - 2) + 1, and where three or more peers share an optimum they only come near it: on one-hot targets,
     for logits of standard deviation 4, to 1e-3 nats on 99 of 100 images (held to by tests/test_kdcl.py), never above
     `naive`. The number of steps does not depend on the numbers, so nothing is read back to the host. They are many, and
-    torch.compile unrolls them: for J = 2 that takes 17 s on a CPU, and far longer with each peer more. Then write
-    `compile: none`.
+    torch.compile unrolls them: on a CPU core that takes most of a minute for J = 2, and more than two for J = 3. Then
+    write `compile: none`.
     """
     num_peers = len(logits_JBK)
     best_B = _cross_entropies(logits_JBK, target_BK).argmin(0)
@@ -141,7 +141,7 @@ class KDCL(nn.Module):
     Raises: ValueError for `method.weight` > 1 under `mean`, and a `method.holdout` that leaves nothing to train on.
     """
 
-    needs = Needs("Guo et al., CVPR 2020", min_peers=2)
+    needs = Needs("Guo et al., CVPR 2020", min_peers=2, of_variant={"holdout": "general"})
 
     held_out_N: Tensor
     weight_J: Tensor

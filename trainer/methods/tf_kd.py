@@ -63,7 +63,10 @@ class TfKD(nn.Module):
     under self one that is not there, cannot be read, has other classes or is another network than the peers.
     """
 
-    needs = Needs("Yuan et al., CVPR 2020")
+    needs = Needs(
+        "Yuan et al., CVPR 2020",
+        of_variant={"correct": "reg", "formula": "reg", "teacher": "self", "teacher_peer": "self"},
+    )
 
     def __init__(
         self,
@@ -87,8 +90,6 @@ class TfKD(nn.Module):
             raise ValueError(f"method.correct must be > 1 / K, K = {task.K}, got {correct}")
         if alpha == 1 and not multiplier:
             raise ValueError("method.multiplier must be > 0 under method.alpha: 1, which leaves no other loss")
-        if variant == "reg" and teacher:
-            raise ValueError(f"method.teacher must be left out under method.variant: reg, got {teacher!r}")
         self.alpha, self.weight = alpha, alpha * multiplier
         self.share = virtual_share(task.K, correct, temperature, formula)
         self.temperature = 1.0 if variant == "reg" and formula == "code" else temperature  # of the peers
