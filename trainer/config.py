@@ -263,8 +263,9 @@ def _validated(tree: Any, origin: Callable[[str], str]) -> Config:
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(item, origin) for item in error.errors())) from None
     config = config.model_copy(update={"method": _checked_method(config.method, origin), "mix": _complete(config)})
-    for key, value in _truths_for_numbers(tree, config.model_dump(), ()):
-        raise ConfigError(f"{key} ({origin(key)}): Input should be a number, got {value}")
+    if truths := [*_truths_for_numbers(tree, config.model_dump(), ())]:
+        lines = (f"{key} ({origin(key)}): Input should be a number, got {value}" for key, value in truths)
+        raise ConfigError("\n".join(lines))
     _check_needs(config, origin)
     _check_mesh(config, origin)
     return config
