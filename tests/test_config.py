@@ -458,6 +458,12 @@ def test_all_stray_keys_of_a_mix_are_named_at_once():
     assert message == "mix.alpha (command line), mix.length (command line): would do nothing under mix.name: none"
 
 
+def test_all_stray_keys_of_a_method_are_named_at_once():
+    message = refusal("paper", "method=tf_kd", "method.teacher=runs/x", "method.teacher_peer=1")
+    named = "method.teacher (command line), method.teacher_peer (command line)"
+    assert message == f"{named}: would do nothing under method.variant: reg"
+
+
 REFUSED = {
     "peers: {form: branches, count: 2}": "peers.count ({}): demanding needs at least 3 peers, got 2",
     "peers: {form: branches, network: [x, x]}": "peers.network ({}): demanding needs at least 3 peers, got 2",

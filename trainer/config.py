@@ -133,6 +133,13 @@ _KEYS_OF_MIX = {
 }
 
 
+def _refuse_stray(group: str, values: BaseModel, keys: set[str], under: str) -> None:
+    """Refuse keys of a group that do nothing here, where they are not at their defaults. For a validator to call."""
+    fields = type(values).model_fields
+    if stray := [f"{group}.{key}" for key in sorted(keys) if getattr(values, key) != fields[key].default]:
+        raise PydanticCustomError("stray", "would do nothing under {under}", {"under": under, "keys": stray})
+
+
 class Config(_Group):
     """All of a run. The defaults are the paper's recipe."""
 
@@ -194,25 +201,19 @@ class Config(_Group):
         parts = (self.data.name, peers, self.method["name"], self.mix.name, self.views, f"seed{self.seed}")
         return self.runs / (self.name or "-".join(parts))
 
-    @staticmethod
-    def _refuse(group: str, values: BaseModel, keys: set[str], under: str) -> None:
-        fields = type(values).model_fields
-        if stray := [f"{group}.{key}" for key in sorted(keys) if getattr(values, key) != fields[key].default]:
-            raise PydanticCustomError("stray", "would do nothing under {under}", {"under": under, "keys": stray})
-
     @model_validator(mode="after")
     def _keys_that_belong_together(self) -> "Config":
         unused = set(Mix.model_fields) - {"name"} - _KEYS_OF_MIX[self.mix.name]
-        self._refuse("mix", self.mix, unused, f"mix.name: {self.mix.name}")
+        _refuse_stray("mix", self.mix, unused, f"mix.name: {self.mix.name}")
         if self.mix.name == "cutout":
-            self._refuse("distort", self.distort, {"cutout"}, "mix.name: cutout, which has its own length")
+            _refuse_stray("distort", self.distort, {"cutout"}, "mix.name: cutout, which has its own length")
         files = self.data.name in ("folder", "webdataset")
         unused = {"pad"} if files else {"image_size", "crop_scale", "crop_ratio", "region"}
-        self._refuse("distort", self.distort, unused, f"data.name: {self.data.name}")
+        _refuse_stray("distort", self.distort, unused, f"data.name: {self.data.name}")
         unused = ({"corrupt"} if not files else set()) | ({"train", "val"} if self.data.name != "webdataset" else set())
-        self._refuse("data", self.data, unused, f"data.name: {self.data.name}")
+        _refuse_stray("data", self.data, unused, f"data.name: {self.data.name}")
         if self.schedule.name != "step":
-            self._refuse("schedule", self.schedule, {"milestones", "gamma"}, f"schedule.name: {self.schedule.name}")
+            _refuse_stray("schedule", self.schedule, {"milestones", "gamma"}, f"schedule.name: {self.schedule.name}")
         return self
 
 
@@ -409,19 +410,21 @@ def _checked_method(method: dict[str, Any], origin: Callable[[str], str]) -> dic
             f"allowed: {', '.join(METHODS)}{_did_you_mean(str(name), METHODS)}"
         )
     keys: dict[str, Any] = keys_of(METHODS[name])
-    schema = create_model(name, __config__=ConfigDict(extra="forbid"), **keys)
+    of_variant = METHODS[name].needs.of_variant
+
+    def belong_together(values: Any) -> Any:
+        if stray := {key for key, variant in of_variant.items() if values.variant != variant}:
+            _refuse_stray("method", values, stray, f"method.variant: {values.variant}")
+        return values
+
+    together: dict[str, Any] = {"together": model_validator(mode="after")(belong_together)}
+    schema = create_model(name, __config__=ConfigDict(extra="forbid"), __validators__=together, **keys)
     try:
         checked = schema(**{key: value for key, value in method.items() if key != "name"})
     except ValidationError as error:
         lines = (_explain(item, origin, prefix=("method",), fields=list(keys)) for item in error.errors())
         raise ConfigError("\n".join(lines)) from None
-    values = checked.model_dump()
-    for key, variant in METHODS[name].needs.of_variant.items():
-        if values["variant"] != variant and values[key] != keys[key][1]:
-            raise ConfigError(
-                f"method.{key} ({origin(f'method.{key}')}): would do nothing under method.variant: {values['variant']}"
-            )
-    return {"name": name, **values}
+    return {"name": name, **checked.model_dump()}
 
 
 def _explain(

@@ -59,8 +59,8 @@ class TfKD(nn.Module):
 
     Args: `correct`, `formula` are of reg, `teacher`, `teacher_peer` of self (a finished run's folder and its peer, or
     one .safetensors file); None is the number above.
-    Raises: ValueError for `method.correct` <= 1 / K, weights that leave no loss, and a `method.teacher` under reg, or
-    under self one that is not there, cannot be read, has other classes or is another network than the peers.
+    Raises: ValueError for `method.correct` <= 1 / K, weights that leave no loss, and under self a `method.teacher` that
+    is not there, cannot be read, has other classes or is another network than the peers.
     """
 
     needs = Needs(
