@@ -543,6 +543,33 @@ def test_stopped_on_one_mesh_goes_on_on_another(tmp_path):
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["best.pt", "last.pt"]
 
 
+LEAVING = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from cutnmix.trainer.folder import Stopped
+from cutnmix.trainer.mesh import joined
+from mesh_worker import config_of
+
+leave = {"stopped": Stopped(15, Path("run")), "refused": SystemExit(2)}[sys.argv[1]]
+try:
+    with joined(config_of("baseline", 1, 2)) as mesh:
+        mesh.wait()
+        raise leave
+except (Stopped, SystemExit) as left:
+    assert left is leave and not dist.is_initialized()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("leave", ["stopped", "refused"])
+def test_processes_that_leave_together_end_their_threads_first(tmp_path, leave):
+    """One that still held a tensor when Python ends would abort it: exit code -6, not the run's own."""
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    done = launch([str(tmp_path / "leaving.py"), leave], 2, PYTHONPATH=str(ROOT / "tests"))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.slow
 def test_a_hung_process_ends_the_run_with_a_clear_error(tmp_path):
     folder = tmp_path / "run"

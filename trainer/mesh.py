@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from cutnmix.trainer.config import Config, ConfigError
 from cutnmix.trainer.device import find_device
 from cutnmix.trainer.exchange import ALONE, Exchange
+from cutnmix.trainer.folder import Stopped
 
 _ROLL_CALL_S = 5.0  # how long the processes that notice a loss wait for one another, to tell who is missing
 _LINGER_S = 5.0
@@ -137,6 +138,9 @@ def leave_it_to_the_first() -> NoReturn:
 def joined(config: Config) -> Iterator[Mesh]:
     """The mesh of a run, while it lasts; without torchrun this process alone.
 
+    Where all processes leave together, its threads end here: one that still holds a tensor when Python ends aborts the
+    process, which then exits with -6 instead of its own code (pytorch#179291).
+
     Raises:
         ConfigError: if torchrun has not started data * peer processes, or there is no device for each.
         LostError: within, when another process does not answer.
@@ -164,6 +168,9 @@ def joined(config: Config) -> Iterator[Mesh]:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise LostError(_roll_call(mesh.timeout_s, str(error))) from error
+    except (Stopped, SystemExit):  # all leave together: nobody waits in a collective, which would hold up the end of it
+        dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
 
 
