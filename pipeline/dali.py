@@ -76,11 +76,11 @@ class DaliLoader:
         num_threads: int = 2,
         prefetch: int = 2,
     ):
-        self.device = torch.device(device)
         self.dataset = dataset
         self.distort = distort
         self.num_views = num_views
-        self.label_N = torch.from_numpy(dataset.labels).to(self.device)
+        self.label_N = torch.from_numpy(dataset.labels).to(device)
+        self.device = self.label_N.device  # "cuda" is torch's current device, which need not be DALI's first
         self.size = view_size(dataset, distort)
         if dataset.in_memory:
             self._source_NHWC = source_images(dataset, distort)
@@ -106,7 +106,7 @@ class DaliLoader:
             self._num_threads,
             batch_size=self._steps_per_read * self._batch_size,
             num_threads=self._num_threads,
-            device_id=(self.device.index or 0) if on_gpu else None,
+            device_id=self.device.index if on_gpu else None,
             prefetch_queue_depth=self._prefetch,
         )
         # prepare_first_batch would run the graph before there is a plan to run.
@@ -118,7 +118,7 @@ class DaliLoader:
         Raises: ValueError for a plan that this loader was not made for, RuntimeError after `close`.
         """
         plan.check(self.distort, self.num_views)
-        on_host = plan.to("cpu")
+        on_host = plan.host
         feed = self._reads(on_host, start)
         self._start(feed, not self.dataset.in_memory and _pairs(on_host))
         step = start
@@ -294,7 +294,11 @@ def _graph(
     else:
         shape = fn.cast(fn.peek_image_shape(image, adjust_orientation=False), dtype=types.FLOAT)
         image = fn.decoders.image(
-            image, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False
+            image,
+            device="mixed" if on_gpu else "cpu",
+            output_type=types.RGB,
+            adjust_orientation=False,
+            jpeg_fancy_upsampling=True,  # of chroma, as on a CPU: else a GPU repeats its pixels
         )
         boxes = [_box(shape[0], shape[1], distort, arguments) for arguments in fed]
         images = _scaled_by_dali(image, boxes, size) if on_gpu else _scaled_by_torch(image, boxes, size, scalers)

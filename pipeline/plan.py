@@ -24,7 +24,7 @@ A plan is drawn for the whole batch and all peers. Where several processes share
 images and its peers' views: the same draws, wherever they are executed.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -171,6 +171,7 @@ class Plan:
     box_SM4: Tensor | None
     epoch_S: Tensor  # float64
     weight_S: tuple[float, ...] | None = None  # of a shard's loss in the mean over all shards; None: 1
+    _host: "Plan | None" = field(default=None, init=False)  # so that what `replace` makes has none
 
     def __len__(self) -> int:
         """S, the number of steps of the epoch."""
@@ -207,7 +208,15 @@ class Plan:
                 return field.pin_memory().to(device, non_blocking=True)
             return field.to(device)  # towards the host it must wait: what was not yet copied could be read
 
-        return Plan(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
+        moved = Plan(**{field.name: move(getattr(self, field.name)) for field in fields(self) if field.init})
+        if device.type != "cpu":
+            object.__setattr__(moved, "_host", self.host)
+        return moved
+
+    @property
+    def host(self) -> "Plan":
+        """The plan on the host: the one that this was copied from. Only what was made elsewhere is copied back."""
+        return self._host or (self if self.index_N.device.type == "cpu" else self.to("cpu"))
 
     def step(self, s: int) -> Draws:
         """The draws of step s: views of the plan's tensors, no copies, no host synchronisation."""

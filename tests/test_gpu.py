@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # Dynamo's
 LOADERS = pytest.mark.parametrize("loader", ["resident", "dali"])
 # 130 images: four batches of 30 and one of 10.
 KEYS = ["device=cuda", "data.images_per_class=13", "batch_size=30", "peers.network=resnet20", "distort.flip=0.5"]
-LR = 0.01
+LR = 1e-4  # so that rounding does not grow over twenty steps: the same gradients are what is compared
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +124,7 @@ def test_an_epoch_of_training_never_waits(loader, compile):
         tally = Tally([])
         train(parts, steps(parts), tally)  # compiles, captures, and copies to the device what is copied once
         batches = steps(parts, 1)
-        first = next(batches)  # DALI reads the plan on the host, once an epoch
+        first = next(batches)  # DALI begins an epoch
         with no_waiting():
             train(parts, iter([first]), tally)
             train(parts, batches, tally)
@@ -239,7 +239,7 @@ def test_dalis_outputs_are_handed_over_without_a_copy(noise):
         num_views=2, num_peers=2,
     )  # fmt: skip
     loader = make_loader("dali", noise, Distort(), "cuda", num_views=2, batch_size=512)
-    loader._start(loader._reads(plan, 0))
+    loader._start(loader._reads(plan, 0), False)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     (outputs,) = next(iter(loader._iterator))

@@ -133,6 +133,16 @@ def test_certainty_that_is_wrong_is_finite():
     assert scores == pytest.approx({"top1": 0, "top5": 100, "nll": 200, "ece": 100})
 
 
+@pytest.mark.parametrize("J", range(2, 17))
+def test_an_ensemble_of_certain_peers_is_certain(J):
+    """Rounding puts log(sum of J ones) - log J above 0 for some J, and torchmetrics took such a batch for logits."""
+    label_N = np.random.default_rng(0).integers(0, 10, N)
+    logits_JNK = np.tile(200 * np.eye(10)[label_N], (J, 1, 1))
+    logits_JNK[:, ::2] = np.random.default_rng(1).standard_normal((1, 1, 10))  # these are unsure, and all alike
+    scores = evaluated(logits_JNK, label_N)
+    assert scores["ensemble"] == pytest.approx(scores["peer0"], rel=1e-5, abs=1e-5)
+
+
 def test_peers_are_evaluated_in_eval_mode_without_a_graph():
     modes = set()
 

@@ -270,6 +270,14 @@ def test_to_the_same_device_is_the_same_plan():
     assert differing(plan(), plan().to("cpu")) == set()
 
 
+def test_a_plan_remembers_the_one_on_the_host_that_it_was_copied_from():
+    made = plan()
+    there = made.to("meta")
+    assert there.index_N.is_meta
+    assert there.host is there.to("meta").host is made.host is made
+    assert replace(there, index_N=made.index_N).host is not made  # another plan: it must not be taken for the first
+
+
 # Laws: thousands of draws, a fixed seed
 
 

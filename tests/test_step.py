@@ -302,6 +302,19 @@ def test_an_overflow_is_skipped_and_the_scale_halved():
     assert not any(torch.equal(w, before[name]) for name, w in weights(learner).items())
 
 
+def test_a_first_step_that_overflows_leaves_no_momentum():
+    """torch's fused SGD leaves a buffer that it makes in such a step as memory happens to be."""
+    straight, overflowed = (parts_of("precision=fp16") for _ in range(2))
+    overflowed.learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    torch.use_deterministic_algorithms(True)  # new memory is NaN
+    train(overflowed, 1)
+    torch.use_deterministic_algorithms(False)
+    for parts in (straight, overflowed):
+        parts.learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        train(parts)
+    torch.testing.assert_close(weights(overflowed.learner), weights(straight.learner), rtol=0, atol=0)
+
+
 def test_the_loss_scale_does_not_change_the_step():
     plain, scaled = (parts_of() for _ in range(2))
     scaled.learner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)

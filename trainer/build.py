@@ -305,7 +305,10 @@ def make_learner(config: Config, setting: Setting, *, num_classes: int, num_imag
         fused=True,  # one kernel for all tensors; under fp16 the only form that skips an overflow without a host sync
     )
     scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.dtype == torch.float16)
-    return Learner(peers, method, optimizer, scaler)
+    learner = Learner(peers, method, optimizer, scaler)
+    if scaler.is_enabled():
+        learner.make_momentum()
+    return learner
 
 
 def _feature_dims(networks: list[str], num_classes: int) -> tuple[int, ...]:

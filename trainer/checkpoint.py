@@ -39,13 +39,14 @@ def save(path: Path, learner: Learner, position: Position, tally: Tally, best_to
     if mesh.size > 1:
         _save_folder(path, learner, position, tally, best_top1, mesh)
         return
+    device = _device(learner)
     state = {
         "learner": learner.state_dict(),
         "position": tuple(position),
         "tally": {"names": tally.names, "sums": tally.sums, "steps": tally.steps},
         "best_top1": best_top1,
         "rng_cpu": torch.get_rng_state(),
-        "rng_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "rng_cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
     }
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
@@ -98,8 +99,9 @@ def _restore(state: dict[str, Any], learner: Learner, mesh: Mesh) -> tuple[Posit
     if one_file and mesh.size == 1:
         learner.load_state_dict(state["learner"])
         torch.set_rng_state(state["rng_cpu"].cpu())
-        if torch.cuda.is_available() and state["rng_cuda"]:
-            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["rng_cuda"]])
+        device, states = _device(learner), state["rng_cuda"]
+        if device.type == "cuda" and states:  # one, or of an earlier version one for each GPU of a machine
+            torch.cuda.set_rng_state(states[min(device.index, len(states) - 1)].cpu(), device)
         return position, Tally(**state["tally"]), best_top1
     targets = _own_tensors(learner)
     if one_file:
@@ -110,16 +112,17 @@ def _restore(state: dict[str, Any], learner: Learner, mesh: Mesh) -> tuple[Posit
         tally = Tally(**state["tally"])
     else:
         tally = Tally(state["tally"]["names"], None, state["tally"]["steps"])
-        same, generators = state["mesh"] == [mesh.data, mesh.peer], _generators(mesh.rank)
+        device = _device(learner)
+        same, generators = state["mesh"] == [mesh.data, mesh.peer], _generators(mesh.rank, device)
         if tally.steps:
-            tally.sums = targets["tally"] = torch.zeros(len(tally.names), device=_device(learner))
+            tally.sums = targets["tally"] = torch.zeros(len(tally.names), device=device)
             if same:
                 targets[f"rank{mesh.rank}.tally"] = targets.pop("tally")
         targets |= generators if same else {}
         _read(state["path"], targets)
         learner.scaler.load_state_dict(state["scaler"])
         if same:
-            _set_generators(generators, mesh.rank)
+            _set_generators(generators, mesh.rank, device)
             return position, tally, best_top1
     if tally.sums is not None:
         tally.sums[:-1] /= mesh.peer  # losses: `over_all` adds them up over the peers' processes; the last is a mean
@@ -153,7 +156,7 @@ def _save_folder(path: Path, learner: Learner, position: Position, tally: Tally,
         shutil.rmtree(slot, ignore_errors=True)
         slot.mkdir()
     slot = path.with_name(mesh.same(slot.name))
-    tensors, sums = _own_tensors(learner) | _generators(mesh.rank), tally.over_all(mesh)
+    tensors, sums = _own_tensors(learner) | _generators(mesh.rank, _device(learner)), tally.over_all(mesh)
     if sums is not None and tally.sums is not None:
         tensors |= {"tally": sums, f"rank{mesh.rank}.tally": tally.sums}
     planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)  # whose batch norms are kept does not change
@@ -195,9 +198,7 @@ def _read(folder: Path, targets: dict[str, Tensor]) -> None:
 
 def _own_tensors(learner: Learner) -> dict[str, Tensor]:
     """All tensors of a learner by the names of a checkpoint; those of the optimizer are made if it has not stepped."""
-    for group in learner.optimizer.param_groups:
-        for p in group["params"] if group["momentum"] else ():
-            learner.optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+    learner.make_momentum()
     own = [int(number) for number, _ in learner.peers.nets.named_children()]
     return _named(learner.state_dict(), _of_peers(learner), own)
 
@@ -225,18 +226,18 @@ def _named(
     return named
 
 
-def _generators(rank: int) -> dict[str, Tensor]:
-    """The state of torch's generators, which each process has for itself."""
+def _generators(rank: int, device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's generators, of the host and of the own GPU, which each process has for itself."""
     states = {f"rank{rank}.rng_cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states[f"rank{rank}.rng_cuda"] = torch.cuda.get_rng_state()
+    if device.type == "cuda":
+        states[f"rank{rank}.rng_cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
-def _set_generators(states: dict[str, Tensor], rank: int) -> None:
+def _set_generators(states: dict[str, Tensor], rank: int, device: torch.device) -> None:
     torch.set_rng_state(states[f"rank{rank}.rng_cpu"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state(states[f"rank{rank}.rng_cuda"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[f"rank{rank}.rng_cuda"], device)
 
 
 def _device(learner: Learner) -> torch.device:

@@ -96,12 +96,15 @@ def is_peer(name: str) -> bool:
 
 
 def _ensemble(log_prob_JBK: Tensor, over: Exchange) -> Tensor:
-    """The ensemble's log mean_j p_j (B, K). Over processes the sum is in float64, which holds p down to 1e-308."""
+    """The ensemble's log mean_j p_j (B, K). Over processes the sum is in float64, which holds p down to 1e-308.
+
+    At most 0: rounding can end a hair above it, and where one is above 1 torchmetrics takes the whole batch for logits.
+    """
     num_peers = over.peers(len(log_prob_JBK))
     if over.peer is None:
-        return log_prob_JBK.logsumexp(0) - math.log(num_peers)
+        return (log_prob_JBK.logsumexp(0) - math.log(num_peers)).clamp(max=0)
     (prob_BK,) = over.total(log_prob_JBK.double().exp().sum(0))
-    return (prob_BK / num_peers).log().to(log_prob_JBK.dtype)
+    return (prob_BK / num_peers).log().clamp(max=0).to(log_prob_JBK.dtype)
 
 
 def _metrics(num_classes: int, device: torch.device, mesh: Mesh) -> MetricCollection:

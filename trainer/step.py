@@ -37,6 +37,15 @@ class Learner:
         for name, part in state.items():
             getattr(self, name).load_state_dict(part)
 
+    def make_momentum(self) -> None:
+        """Zeros where there is no momentum buffer yet: the first update is then what it is without them.
+
+        torch's fused SGD makes them in its first step, and leaves them unwritten where that step overflows (fp16).
+        """
+        for group in self.optimizer.param_groups:
+            for p in group["params"] if group["momentum"] else ():
+                self.optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+
 
 @dataclass
 class Tally:
