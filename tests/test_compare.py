@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from scipy.stats import binom, ttest_rel
 
 from cutnmix.pipeline.datasets import load_splits
 from cutnmix.trainer import compare as comparison
+from cutnmix.trainer import predicted
 from cutnmix.trainer.compare import compare
 from cutnmix.trainer.config import load_config
 from cutnmix.trainer.folder import RunError, RunFolder
@@ -100,3 +102,92 @@ def test_runs_on_other_images_are_refused(runs, tmp_path):
     other.begin(load_config("quickstart", ["data.classes=5"]))
     with pytest.raises(RunError, match=r"its data.classes is 5, of .*peers it is None"):
         compare([runs["peers"], other.path])
+
+
+# Files of predictions
+
+
+@pytest.fixture(scope="module")
+def scored(runs, tmp_path_factory) -> tuple[Path, comparison.Comparison]:
+    """The folder of the predictions of the last checkpoints on the test images, and how the runs compare."""
+    folder = tmp_path_factory.mktemp("kept") / "new"
+    return folder, compare([runs["alone"], runs["peers"]], keep=folder)
+
+
+@pytest.fixture
+def kept(scored) -> Path:
+    return scored[0]
+
+
+def test_a_kept_file_stands_for_its_run_without_checkpoint_and_data(runs, scored, monkeypatch):
+    kept, whole = scored
+    assert sorted(path.name for path in kept.iterdir()) == ["alone.safetensors", "peers.safetensors"]
+    alone, peers = (kept / f"{name}.safetensors" for name in ("alone", "peers"))
+    assert compare([alone, runs["peers"]]) == whole
+    assert compare([runs["alone"], peers]) == whole
+    monkeypatch.setattr(comparison, "predict_run", None)
+    monkeypatch.setattr(comparison, "saved", None)
+    assert compare([alone, peers]) == whole
+
+
+def test_a_kept_file_says_what_it_is_of(runs, kept):
+    found, wanted = predicted.read(kept / "peers.safetensors"), load_splits("digits")
+    assert found[:1] + found[2:5] == ("peers", "last", 1.0, "test")
+    assert found.config == RunFolder(runs["peers"]).read_config() and found.digest == wanted.test.digest()
+    np.testing.assert_array_equal(found.label_N, wanted.test.labels)
+    assert [*sorted(found.class_N)] == ["ensemble", "peer0", "peer1", "teacher"]
+    with safe_open(kept / "peers.safetensors", "np") as file:
+        assert {str(file.get_tensor(key).dtype) for key in file.keys()} == {"uint8"}
+
+
+def test_predictions_survive_their_file_whatever_the_number_of_classes(kept, tmp_path):
+    made = predicted.read(kept / "alone.safetensors")
+    many = made._replace(
+        class_N=made.class_N | {"peer0": made.class_N["peer0"] + 70_000}, checkpoint="best", epochs=1 / 3
+    )
+    predicted.write(tmp_path / "many.safetensors", many)
+    again = predicted.read(tmp_path / "many.safetensors")
+    assert again[:6] == many[:6]
+    assert all(np.array_equal(again.class_N[name], many.class_N[name]) for name in many.class_N)
+    assert [path.name for path in tmp_path.iterdir()] == ["many.safetensors"]
+
+
+def test_a_file_of_other_predictions_is_refused(runs, kept, tmp_path):
+    file, run = kept / "alone.safetensors", runs["peers"]
+    with pytest.raises(RunError, match=r"alone.safetensors holds predictions of test images: it goes with --on test"):
+        compare([run, file], test="unused")
+    with pytest.raises(RunError, match=r"alone.safetensors holds predictions of last.pt: .* without --best"):
+        compare([run, file], best=True)
+    made, other = predicted.read(file), tmp_path / "other.safetensors"
+    predicted.write(other, made._replace(checkpoint="best"))
+    with pytest.raises(RunError, match=r"other.safetensors holds predictions of best.pt: .* with --best"):
+        compare([run, other])
+    predicted.write(other, made._replace(digest="0" * 32))
+    for pair in ([file, other], [other, file], [run, other]):
+        with pytest.raises(RunError, match="its 355 test images or their labels are others than the 355 of"):
+            compare(pair)
+    narrow = made.config.model_copy(update={"data": made.config.data.model_copy(update={"classes": 5})})
+    predicted.write(other, made._replace(config=narrow))
+    with pytest.raises(RunError, match=r"other.safetensors: its data.classes is 5, of .*peers it is None"):
+        compare([run, other])
+
+
+def test_a_file_without_predictions_is_refused(runs, kept, tmp_path):
+    whole, broken = (kept / "alone.safetensors").read_bytes(), tmp_path / "broken.safetensors"
+    weights = (runs["alone"] / "peers" / "peer0.safetensors").read_bytes()
+    for content in (b"", b"a,b\n1,2\n", whole[:-1], whole[:100], weights, whole.replace(b"of.peer0", b"of.peerX")):
+        broken.write_bytes(content)
+        with pytest.raises(
+            RunError, match=r"broken.safetensors is damaged, or no file of cutnmix compare --keep \(.+\)"
+        ):
+            compare([broken])
+    with pytest.raises(RunError, match="nothing is not a run"):
+        compare([tmp_path / "nothing"])
+
+
+def test_two_runs_of_one_name_are_not_kept_in_one_folder(runs, tmp_path):
+    twin = tmp_path / "twin" / "alone"
+    shutil.copytree(runs["alone"], twin)
+    with pytest.raises(RunError, match=rf"--keep: {runs['alone']} and {twin} would both be .*alone.safetensors"):
+        compare([runs["alone"], twin], keep=tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()

@@ -9,6 +9,7 @@ import tarfile
 import urllib.error
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -529,6 +530,37 @@ def test_a_data_set_made_by_hand_is_checked(change, said):
     Dataset(**fields)
     with pytest.raises(DataError, match=f"mine: .*{said}"):
         Dataset(**(fields | change))
+
+
+def test_a_digest_is_of_images_labels_and_their_names_in_order():
+    test = load_splits("digits").test
+    other_pixel = test.array.copy()
+    other_pixel[7, 3, 3, 0] ^= 1
+    kept_N = np.arange(len(test)) != 5
+    others = [
+        replace(test, images=other_pixel),
+        replace(test, images=test.array[::-1]),
+        replace(test, labels=(test.labels + 1) % 10),
+        replace(test, classes=tuple("abcdefghij")),
+        replace(test, images=np.ascontiguousarray(test.array.reshape(-1, 16, 64, 3))),
+        test.keep(kept_N),
+        load_splits("digits").train,
+    ]
+    assert len({data.digest() for data in [test, *others]}) == 8
+    assert replace(test, name="mine", mean=(0.0,) * 3).digest() == test.digest() == load_splits("digits").test.digest()
+
+
+def test_a_digest_of_files_is_that_of_their_copies_elsewhere(tree, tmp_path):
+    here = load_splits("folder", tree).test
+    shutil.copytree(tree, tmp_path / "elsewhere", copy_function=shutil.copyfile)  # with times of their own
+    there = load_splits("folder", tmp_path / "elsewhere").test
+    assert here.files != there.files and here.digest() == there.digest()
+    with there.files[0].open("ab") as file:
+        file.write(b"more")
+    assert here.digest() != there.digest()
+    there.files[0].unlink()
+    with pytest.raises(DataError, match=f"{there.files[0]}: No such file"):
+        there.digest()
 
 
 @pytest.mark.parametrize("name", sorted(DATASETS.keys() - {"digits"}))

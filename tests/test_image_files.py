@@ -131,6 +131,7 @@ def test_shards_are_the_folder(roots):
         assert np.array_equal(files.labels, members.labels) and members.labels.dtype == np.int64
         assert files.classes == members.classes == CLASSES
         assert (files.mean, files.std) == (members.mean, members.std)
+        assert files.digest() == members.digest()
         assert isinstance(members.images, Members) and len(members.images) == len(members) and not members.in_memory
         assert [files.encoded(i) for i in range(len(files))] == [members.encoded(i) for i in range(len(members))]
         for i in range(len(files)):

@@ -61,19 +61,27 @@ def evaluate(run: Run, best: Best = False, on: On = "test"):
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs on the same images")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="folders of runs on the same images, or files that --keep left"),
+    ],
     best: Best = False,
     on: On = "test",
+    keep: Annotated[
+        Path | None, typer.Option(help="a folder to leave each run's predictions in, RUN.safetensors")
+    ] = None,
     csv: Annotated[Path | None, typer.Option("--csv", help="write the table to this file too")] = None,
 ):
     """Put runs beside the first of them, image by image: differences in top-1, and whether images alone explain them.
 
     Of these trained networks only: how much another seed would change takes more seeds.
+
+    A file that --keep left stands for its run, whose checkpoint and data need not be here.
     """
     from cutnmix.trainer import compare as comparison
 
     test = _test_images(on)
-    compared = comparison.compare(runs, best=best, test=test)
+    compared = comparison.compare(runs, best=best, test=test, keep=keep)
     table = Table("run", "prediction", "top-1 %", f"less {runs[0].name}", "p")
     for column in table.columns[2:]:
         column.justify = "right"

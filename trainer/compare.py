@@ -5,8 +5,9 @@ With h_n the share of a run's peers that are right about image n (of the ensembl
     top-1 = 100 mean_n h_n                        standard error 100 sd_n(h_n) / sqrt(N)
     difference to the first run, d_n = h_n - h0_n:  100 mean_n d_n, 100 sd_n(d_n) / sqrt(N), two-sided paired t test
 
-That is of these trained networks and of images drawn anew. What another seed would have given is not in it: for that,
-train more seeds (cutnmix reproduce, whose report tests over seeds).
+That is of these trained networks and of images drawn anew. What another seed would have given is not in it.
+
+A RUN is a folder, or a file of predictions that `keep` left of one, see predicted.py: both say the same.
 """
 
 from collections.abc import Sequence
@@ -14,13 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from cutnmix.pipeline.datasets import TestImages
 from cutnmix.trainer.config import Config
 from cutnmix.trainer.folder import RunError, RunFolder, csv_text, write_atomically
-from cutnmix.trainer.metrics import is_peer, predict
-from cutnmix.trainer.run import saved, trained
+from cutnmix.trainer.predicted import Predicted, name_of, predict_run, read, write
+from cutnmix.trainer.run import saved
 
 _SAME = {  # keys under `data` that say which images those are
     "test": ("name", "classes", "val", "corrupt"),
@@ -47,19 +47,20 @@ class Comparison(NamedTuple):
     rows: list[Compared]
 
 
-def compare(runs: Sequence[Path], *, best: bool = False, test: TestImages = "test") -> Comparison:
+def compare(
+    runs: Sequence[Path], *, best: bool = False, test: TestImages = "test", keep: Path | None = None
+) -> Comparison:
     """Score the last checkpoints, or with `best` those chosen on the test images, on the images that `test` names.
+
+    `keep`: the folder that is to hold the predictions of each run that is scored, NAME.safetensors.
 
     Raises: RunError, before anything is scored, unless all runs have checkpoints and were made for the same images.
     """
-    configs = {run: RunFolder(run).read_config() for run in runs}
-    for run, config in configs.items():
-        _check_same(runs[0], configs[runs[0]], run, config, test)
-        saved(run, best=best)
-    hits = {run: _hits(run, best, test) for run in configs}
+    predicted = _predicted(runs, best, test, keep)
+    hits = {run: found.hits() for run, found in predicted.items()}
     first = hits[runs[0]]
     rows = [
-        _compared(run.name, name, hit_N, None if run == runs[0] else first.get(name))
+        _compared(predicted[run].run, name, hit_N, None if run == runs[0] else first.get(name))
         for run, found in hits.items()
         for name, hit_N in found.items()
     ]
@@ -68,7 +69,7 @@ def compare(runs: Sequence[Path], *, best: bool = False, test: TestImages = "tes
 
 def told(test: str, count: int) -> str:
     """So many images and what they are, for people."""
-    return f"{count:,} {'test images' if test == 'test' else 'training images that no run has used'}"
+    return f"{count:,} {_images(test)}"
 
 
 def p_digits(p: float) -> str:
@@ -83,7 +84,37 @@ def write_csv(path: Path, compared: Comparison, test: TestImages) -> None:
     )
 
 
-def _check_same(first: Path, wanted: Config, run: Path, config: Config, test: TestImages) -> None:
+def _images(test: str) -> str:
+    return "test images" if test == "test" else "training images that no run has used"
+
+
+def _predicted(runs: Sequence[Path], best: bool, test: TestImages, keep: Path | None) -> dict[Path, Predicted]:
+    """The predictions of each run once, in order: those on file as they are read, of folders made, and kept."""
+    files = {run: read(run) for run in runs if run.is_file()}
+    configs = {run: files[run].config if run in files else RunFolder(run).read_config() for run in runs}
+    named: dict[str, Path] = {}
+    for run, config in configs.items():
+        _check_keys(runs[0], configs[runs[0]], run, config, test)
+        if run in files:
+            _check_file(run, files[run], best, test)
+            continue
+        saved(run, best=best)
+        if keep and (other := named.setdefault(name_of(run), run)) != run:
+            raise RunError(f"--keep: {other} and {run} would both be {_kept(keep, run)}; keep them in two folders")
+    predicted: dict[Path, Predicted] = {}
+    for run in [*files, *(run for run in configs if run not in files)]:  # what may be refused before what takes time
+        predicted[run] = files.get(run) or predict_run(run, best=best, test=test)
+        _check_digest(next(iter(predicted.items())), (run, predicted[run]))
+        if keep and run not in files:
+            write(_kept(keep, run), predicted[run])
+    return {run: predicted[run] for run in configs}
+
+
+def _kept(keep: Path, run: Path) -> Path:
+    return keep / f"{name_of(run)}.safetensors"
+
+
+def _check_keys(first: Path, wanted: Config, run: Path, config: Config, test: TestImages) -> None:
     for key in _SAME[test]:
         ours, theirs = getattr(config.data, key), getattr(wanted.data, key)
         if ours != theirs:
@@ -92,17 +123,21 @@ def _check_same(first: Path, wanted: Config, run: Path, config: Config, test: Te
             )
 
 
-def _hits(run: Path, best: bool, test: TestImages) -> dict[str, np.ndarray]:
-    """h_n by name, float64 (N,): `mean`, `ensemble`, then the method's own."""
-    found: dict[str, list[torch.Tensor]] = {}
-    with trained(run, best=best, test=test) as (parts, _):
-        plan = parts.test_plan()
-        for log_probs, label_B in predict(parts.learner, parts.test_step, parts.test_loader.epoch(plan), plan):
-            for name, log_prob_BK in log_probs.items():
-                found.setdefault(name, []).append(log_prob_BK.argmax(-1) == label_B)
-    whole = {name: torch.cat(parts).double().cpu().numpy() for name, parts in found.items()}
-    mean_N = np.mean([hit_N for name, hit_N in whole.items() if is_peer(name)], axis=0)
-    return {"mean": mean_N} | {name: hit_N for name, hit_N in whole.items() if not is_peer(name)}
+def _check_file(file: Path, kept: Predicted, best: bool, test: TestImages) -> None:
+    if kept.on != test:
+        raise RunError(f"{file} holds predictions of {_images(kept.on)}: it goes with --on {kept.on}, not {test}")
+    if (kept.checkpoint == "best") != best:
+        wanted = "with --best" if kept.checkpoint == "best" else "without --best"
+        raise RunError(f"{file} holds predictions of {kept.checkpoint}.pt: it can only be compared {wanted}")
+
+
+def _check_digest(first: tuple[Path, Predicted], other: tuple[Path, Predicted]) -> None:
+    (run, predicted), (wanted, expected) = other, first
+    if predicted.digest != expected.digest:
+        raise RunError(
+            f"{run}: its {told(predicted.on, len(predicted.label_N))} or their labels are others than the "
+            f"{len(expected.label_N):,} of {wanted}: the images must be the same"
+        )
 
 
 def _compared(run: str, name: str, hit_N: np.ndarray, first_N: np.ndarray | None) -> Compared:
