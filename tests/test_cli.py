@@ -172,8 +172,17 @@ def test_compare_puts_runs_beside_the_first(trained, command, tmp_path):
     code, printed, _ = command("compare", folder.path, folder.path, "--on", "unused", "--csv", tmp_path / "rows.csv")
     assert code == 0
     assert printed.startswith("1,362 training images that no run has used")
-    assert len(re.findall(r"│ run +│ (?:mean|ensemble|teacher) +│ \d+\.\d\d ± \d\.\d\d │", printed)) == 3
+    assert len(re.findall(r"│ run +│ (?:mean|ensemble|teacher) +│ +\d+\.\d\d ± \d\.\d\d │", printed)) == 3
     assert (tmp_path / "rows.csv").read_text().count("\n") == 4
+
+
+def test_compare_over_seeds_from_a_kept_file(trained, command, tmp_path):
+    folder, _ = trained
+    assert command("compare", folder.path, "--keep", tmp_path)[0] == 0
+    code, printed, _ = command("compare", tmp_path / "run.safetensors", "--over-seeds")
+    assert code == 0
+    assert "over images, then over seeds; p of a paired t test over seeds" in printed and "seeds: run 95\n" in printed
+    assert len(re.findall(r"│ run +│ (?:mean|ensemble|teacher) +│ +\d+\.\d\d ± \d\.\d\d │ +│ +│ +1 │", printed)) == 3
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "compare"])

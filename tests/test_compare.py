@@ -43,12 +43,14 @@ def test_scores_are_those_on_record(runs):
     alone, together = ({row.prediction: row for row in compared.rows if row.run == run} for run in ("alone", "peers"))
     assert together["mean"].difference == pytest.approx(together["mean"].top1 - alone["mean"].top1, abs=1e-9)
     assert alone["mean"].difference is together["teacher"].difference is None  # the first has no teacher
+    assert (alone["mean"].less, together["teacher"].less, together["mean"].less) == (None, None, "alone")
+    assert compared.seeds == [("alone", [3]), ("peers", [95])]
 
 
 def test_standard_errors_and_p_are_of_the_paired_differences():
     rng = np.random.default_rng(0)
     first_N, hit_N = rng.integers(0, 2, 500).astype(float), rng.integers(0, 3, 500) / 2  # one network; two peers
-    row = comparison._compared("run", "mean", hit_N, first_N)
+    row = comparison._compared("run", "mean", {0: hit_N}, "first", {0: first_N})
     d_N = hit_N - first_N
     variance = sum((d - sum(d_N) / 500) ** 2 for d in d_N) / 499
     assert row.difference == pytest.approx(100 * (hit_N.mean() - first_N.mean()))
@@ -59,7 +61,7 @@ def test_standard_errors_and_p_are_of_the_paired_differences():
 def test_p_is_near_mcnemars_exact_one_where_both_predict_once():
     first_N, hit_N = np.zeros(2000), np.zeros(2000)
     first_N[:90] = hit_N[90:210] = 1  # 90 images that only the first has right, 120 that only the second has
-    row = comparison._compared("run", "ensemble", hit_N, first_N)
+    row = comparison._compared("run", "ensemble", {0: hit_N}, "first", {0: first_N})
     assert row.p == pytest.approx(2 * binom.cdf(90, 210, 0.5), rel=0.2)
     assert row.difference == pytest.approx(1.5)
 
@@ -88,7 +90,9 @@ def test_unused_images_are_those_of_training_that_no_run_saw(runs, tmp_path):
         (row.run, row.prediction, row.top1) for row in compared.rows
     ]
     assert {line["on"] for line in lines} == {"unused"} and {line["images"] for line in lines} == {str(len(rest))}
-    assert lines[0]["p"] == ""
+    assert lines[0]["p"] == lines[0]["less"] == lines[0]["seed_error"] == "" and lines[0]["seeds"] == "1"
+    heads = "on images run prediction top1 error less difference difference_error p seeds seed_error"
+    assert [*lines[0]] == heads.split()
 
 
 def test_runs_on_other_images_are_refused(runs, tmp_path):
@@ -191,3 +195,79 @@ def test_two_runs_of_one_name_are_not_kept_in_one_folder(runs, tmp_path):
     with pytest.raises(RunError, match=rf"--keep: {runs['alone']} and {twin} would both be .*alone.safetensors"):
         compare([runs["alone"], twin], keep=tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
+
+
+# Over seeds
+
+
+@pytest.fixture
+def put(tmp_path, kept):
+    """Leave a file of a run of this method and seed that is right about these images of 6."""
+    alone = predicted.read(kept / "alone.safetensors")
+
+    def _put(method: str, seed: int, right: str, name: str = "", folder: str = "", **keys) -> Path:
+        lr = 0.1 if method == "dml" else 0.2
+        optimizer = alone.config.optimizer.model_copy(update={"lr": lr})
+        config = alone.config.model_copy(update={"seed": seed, "optimizer": optimizer, **keys})
+        label_N, class_N = np.zeros(6, np.int64), np.array([0 if is_right == "1" else 1 for is_right in right])
+        path = tmp_path / folder / f"{name or f'{method}-seed{seed}'}.safetensors"
+        facts = {"run": path.stem, "config": config, "label_N": label_N, "digest": "d" * 32}
+        predicted.write(path, alone._replace(**facts, class_N={"peer0": class_N, "ensemble": 1 - class_N}))
+        return path
+
+    return _put
+
+
+def test_errors_over_images_and_over_seeds_by_hand(put):
+    paths = [
+        *(put("dml", seed, right) for seed, right in {1: "110000", 2: "111000", 9: "111111"}.items()),
+        *(put("ours", seed, right) for seed, right in {2: "111110", 1: "100110", 4: "000000"}.items()),
+    ]
+    compared = compare(paths, over_seeds=True)
+    assert compared.seeds == [("dml", [1, 2, 9]), ("ours", [2, 1, 4])]
+    dml, ours = (row for row in compared.rows if row.prediction == "mean")
+    assert dml.top1 == pytest.approx(100 * 11 / 18) and ours.top1 == pytest.approx(100 * 8 / 18)
+    assert (dml.run, dml.less, dml.difference, dml.seeds, dml.seed_error) == ("dml", None, None, 3, None)
+    # Seed 1: 0 -1 0 1 1 0, seed 2: 0 0 0 1 1 0. Means of the seeds 1/6 and 2/6, of the images 0 -1/2 0 1 1 0.
+    assert (ours.run, ours.less, ours.seeds) == ("ours", "dml", 2)
+    assert ours.difference == pytest.approx(25)
+    assert ours.seed_error == pytest.approx(100 / 12)  # the half difference of two, as sd / sqrt(2) is
+    square = 3 * 0.25**2 + 0.75**2 + 2 * 0.75**2
+    assert ours.difference_error == pytest.approx(100 * (square / 5 / 6) ** 0.5)
+    assert ours.p == pytest.approx(1 - 2 / np.pi * np.arctan(3))  # t = 3 of one degree of freedom, a Cauchy
+    assert ours.p == pytest.approx(ttest_rel([5 / 6, 3 / 6], [3 / 6, 2 / 6]).pvalue)
+    assert [row.difference for row in compared.rows if row.prediction == "ensemble"] == [None, pytest.approx(-25)]
+
+
+def test_over_one_seed_is_the_comparison_of_the_runs(put):
+    pair = [put("dml", 3, "110100", name="one"), put("ours", 3, "011111", name="two")]
+    assert compare(pair, over_seeds=True) == compare(pair)
+    assert [row.difference for row in compare(pair).rows if row.less] == [
+        pytest.approx(100 / 3),
+        pytest.approx(-100 / 3),
+    ]
+
+
+def test_runs_without_a_seed_in_common_have_no_difference(put):
+    compared = compare([put("dml", 1, "110000"), put("ours", 2, "111000")], over_seeds=True)
+    assert [(row.top1, row.less, row.p, row.seeds) for row in compared.rows[2:]] == [(50, None, None, 1)] * 2
+
+
+def test_seeds_that_all_say_the_same_have_no_p(put):
+    paths = [put(name, seed, right) for name, right in (("dml", "100000"), ("ours", "110000")) for seed in (1, 2)]
+    row = compare(paths, over_seeds=True).rows[2]
+    assert (row.difference, row.seed_error, row.p) == (pytest.approx(100 / 6), pytest.approx(0), None)
+
+
+def test_groups_are_named_by_what_their_runs_have_in_common(put):
+    paths = [put("dml", 1, "110000"), put("dml", 2, "110000", name="again"), put("ours", 5, "110000", log_every=9)]
+    paths += [put("ours", 6, "110000", folder="elsewhere", runs=Path("elsewhere"))]
+    assert compare(paths, over_seeds=True).seeds == [("dml-seed1", [1, 2]), ("ours", [5, 6])]
+    assert [name for name, _ in compare(paths).seeds] == ["dml-seed1", "again", "ours-seed5", "ours-seed6"]
+
+
+def test_two_runs_of_one_seed_are_refused(put):
+    one, other = put("dml", 1, "110000"), put("dml", 1, "111000", folder="other")
+    with pytest.raises(RunError, match=f"--over-seeds: {one} and {other} are both of seed 1 and of one configuration"):
+        compare([one, other], over_seeds=True)
+    assert len(compare([one, other]).rows) == 4 and len(compare([one, one], over_seeds=True).rows) == 2

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cutnmix.trainer.config import Config, ConfigError, load_config
-from cutnmix.trainer.folder import Position, RunError, RunFolder, write_atomically
+from cutnmix.trainer.folder import Position, RunError, RunFolder, same_but_seed, write_atomically
 
 HOLD = """
 import sys, time
@@ -108,6 +108,15 @@ def test_a_run_with_other_keys_is_refused_with_each_of_them(folder):
 def test_keys_that_change_no_number_are_free(free, folder):
     folder.begin(config())
     folder.check(config("resume=auto", free))
+
+
+def test_runs_are_the_same_but_for_the_seed_where_no_other_number_changes():
+    one = config("data.root=here", "name=one")
+    assert same_but_seed(one, one) and same_but_seed(
+        one, config("seed=7", "name=two", "loader=resident", "log_every=3")
+    )
+    assert not same_but_seed(one, config("seed=7", "epochs=3"))
+    assert not same_but_seed(one, config("method=dml"))
 
 
 def test_dropping_the_last_batch_is_not_free(folder):

@@ -67,31 +67,42 @@ def compare(
     ],
     best: Best = False,
     on: On = "test",
+    over_seeds: Annotated[
+        bool, typer.Option("--over-seeds", help="average the runs that differ by seed alone, and pair them by it")
+    ] = False,
     keep: Annotated[
         Path | None, typer.Option(help="a folder to leave each run's predictions in, RUN.safetensors")
     ] = None,
     csv: Annotated[Path | None, typer.Option("--csv", help="write the table to this file too")] = None,
 ):
-    """Put runs beside the first of them, image by image: differences in top-1, and whether images alone explain them.
+    """Put runs beside the first of them, image by image: differences in top-1, and whether chance alone explains them.
 
-    Of these trained networks only: how much another seed would change takes more seeds.
+    Errors over images are of these trained networks: how much another seed would change, --over-seeds says of several.
 
     A file that --keep left stands for its run, whose checkpoint and data need not be here.
     """
     from cutnmix.trainer import compare as comparison
 
     test = _test_images(on)
-    compared = comparison.compare(runs, best=best, test=test, keep=keep)
-    table = Table("run", "prediction", "top-1 %", f"less {runs[0].name}", "p")
+    compared = comparison.compare(runs, best=best, test=test, over_seeds=over_seeds, keep=keep)
+    of_seeds = ["over seeds", "seeds"] if over_seeds else []
+    table = Table("run", "prediction", "top-1 %", f"less {compared.rows[0].run}", *of_seeds, "p")
     for column in table.columns[2:]:
         column.justify = "right"
     for row in compared.rows:
         less = "" if row.difference is None else f"{row.difference:+.2f} \u00b1 {row.difference_error:.2f}"
+        seed_error = "" if row.seed_error is None else f"\u00b1 {row.seed_error:.2f}"
         p = "" if row.p is None else comparison.p_digits(row.p)
-        table.add_row(row.run, row.prediction, f"{row.top1:.2f} \u00b1 {row.error:.2f}", less, p)
-    Display().note(
-        f"{comparison.told(test, compared.images)}; \u00b1 standard errors over images, p of a paired t test"
-    )
+        cells = [row.run, row.prediction, f"{row.top1:.2f} \u00b1 {row.error:.2f}", less]
+        table.add_row(*cells, *([seed_error, str(row.seeds)] if over_seeds else []), p)
+    note = f"{comparison.told(test, compared.images)}; \u00b1 standard errors over images, "
+    if over_seeds:
+        note += "then over seeds; p of a paired t test over seeds, of one seed over images"
+        found = (f"{name} {', '.join(map(str, seeds))}" for name, seeds in compared.seeds)
+        note += f"\nseeds: {'; '.join(found)}"
+    else:
+        note += "p of a paired t test"
+    Display().note(note)
     _print(table)
     if csv:
         comparison.write_csv(csv, compared, test)

@@ -1,16 +1,23 @@
-"""Trained runs beside each other on the same images: how far they are apart, and how much of that the images may make.
+"""Trained runs beside each other on the same images: how far they are apart, and how much of that chance may make.
 
-With h_n the share of a run's peers that are right about image n (of the ensemble, or a teacher: 1 or 0), n = 1 ... N:
+A group is a run, or over seeds all runs of one configuration. With h_sn the share of the peers of its run of seed s
+that are right about image n (of the ensemble, or a teacher: 1 or 0), n = 1 ... N, and d_sn = h_sn - h0_sn, where h0 is
+of the first group's run of the same seed; n_s seeds have both. (Single runs: of the first run, whatever its seed.)
 
-    top-1 = 100 mean_n h_n                        standard error 100 sd_n(h_n) / sqrt(N)
-    difference to the first run, d_n = h_n - h0_n:  100 mean_n d_n, 100 sd_n(d_n) / sqrt(N), two-sided paired t test
+    top-1              100 mean_s mean_n h_sn                   error: 100 sd_n(mean_s h_sn) / sqrt(N)
+    difference         100 mean_s mean_n d_sn        difference_error: 100 sd_n(mean_s d_sn) / sqrt(N)
+                                                           seed_error: 100 sd_s(mean_n d_sn) / sqrt(n_s), for n_s > 1
+    p                  two-sided t test of d over seeds for n_s > 1, and of one pair of runs over images
 
-That is of these trained networks and of images drawn anew. What another seed would have given is not in it.
+The errors over images are of these very networks and of images drawn anew: what another seed would have given is not in
+them. The error over seeds is of these very images and of training anew. What a network gets right by luck, image by
+image, is in both, so that they do not add up. With two or three seeds sd_s is itself known to a factor of two or so at
+best; its p takes that into account, a multiple of the error does not.
 
 A RUN is a folder, or a file of predictions that `keep` left of one, see predicted.py: both say the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +25,7 @@ import numpy as np
 
 from cutnmix.pipeline.datasets import TestImages
 from cutnmix.trainer.config import Config
-from cutnmix.trainer.folder import RunError, RunFolder, csv_text, write_atomically
+from cutnmix.trainer.folder import RunError, RunFolder, csv_text, same_but_seed, write_atomically
 from cutnmix.trainer.predicted import Predicted, name_of, predict_run, read, write
 from cutnmix.trainer.run import saved
 
@@ -26,45 +33,77 @@ _SAME = {  # keys under `data` that say which images those are
     "test": ("name", "classes", "val", "corrupt"),
     "unused": ("name", "classes", "train", "images_per_class", "corrupt"),
 }
+_ALIKE = 1e-12  # differences in a share that are rounding
 
 
 class Compared(NamedTuple):
-    """One prediction of one run, in percent and points of it."""
+    """One prediction of one group, in percent and points of it."""
 
-    run: str  # the folder's name
+    run: str  # the folder's name; of several seeds what their names have in common
     prediction: str  # "mean" of the peers, "ensemble", and what else the method predicts by
     top1: float
-    error: float  # the standard error of top1
-    difference: float | None  # to the first run's prediction of that name; None for itself, and where it has none
+    error: float
+    less: str | None  # the first group; None for itself, and where nothing of that name and seed is in both
+    difference: float | None  # None where `less` is; so are the others
     difference_error: float | None
-    p: float | None  # None too where the two are right about the same images
+    p: float | None  # None too where all differences are alike
+    seeds: int  # n_s; without a difference, the group's
+    seed_error: float | None  # None too for one seed
 
 
 class Comparison(NamedTuple):
-    """All runs, in their order."""
+    """All groups, in the order of their first runs."""
 
     images: int  # N
     rows: list[Compared]
+    seeds: list[tuple[str, list[int]]]  # of each group
+
+
+class _Group(NamedTuple):
+    """Runs that are averaged."""
+
+    name: str
+    runs: dict[int, Path]  # by what they are paired by: the seed, or 0 for a run by itself
 
 
 def compare(
-    runs: Sequence[Path], *, best: bool = False, test: TestImages = "test", keep: Path | None = None
+    runs: Sequence[Path],
+    *,
+    best: bool = False,
+    test: TestImages = "test",
+    over_seeds: bool = False,
+    keep: Path | None = None,
 ) -> Comparison:
     """Score the last checkpoints, or with `best` those chosen on the test images, on the images that `test` names.
 
-    `keep`: the folder that is to hold the predictions of each run that is scored, NAME.safetensors.
+    Args:
+        runs: folders, and files of predictions.
+        best: of best.pt.
+        test: what they are scored on, see load_splits.
+        over_seeds: average runs whose configurations differ by the seed alone, and pair them by it.
+        keep: the folder that is to hold the predictions of each run that is scored, NAME.safetensors.
 
-    Raises: RunError, before anything is scored, unless all runs have checkpoints and were made for the same images.
+    Raises: RunError, before anything is scored, unless all runs have checkpoints and were made for the same images; or
+        where a group has two runs of one seed.
     """
-    predicted = _predicted(runs, best, test, keep)
-    hits = {run: found.hits() for run, found in predicted.items()}
-    first = hits[runs[0]]
+    files = {run: read(run) for run in runs if run.is_file()}
+    configs = {run: files[run].config if run in files else RunFolder(run).read_config() for run in runs}
+    _check(files, configs, best, test, keep)
+    names = {run: files[run].run if run in files else name_of(run) for run in configs}
+    groups = _over_seeds(configs, names) if over_seeds else [_Group(names[run], {0: run}) for run in configs]
+    hits = {run: found.hits() for run, found in _predicted(files, configs, best, test, keep).items()}
+
+    def of(group: _Group, name: str) -> dict[int, np.ndarray]:
+        return {key: hits[run][name] for key, run in group.runs.items() if name in hits[run]}
+
+    first, *_ = groups
     rows = [
-        _compared(predicted[run].run, name, hit_N, None if run == runs[0] else first.get(name))
-        for run, found in hits.items()
-        for name, hit_N in found.items()
+        _compared(group.name, name, of(group, name), first.name, {} if group is first else of(first, name))
+        for group in groups
+        for name in hits[next(iter(group.runs.values()))]
     ]
-    return Comparison(len(next(iter(first.values()))), rows)
+    seeds = [(group.name, [configs[run].seed for run in group.runs.values()]) for group in groups]
+    return Comparison(len(hits[runs[0]]["mean"]), rows, seeds)
 
 
 def told(test: str, count: int) -> str:
@@ -88,19 +127,45 @@ def _images(test: str) -> str:
     return "test images" if test == "test" else "training images that no run has used"
 
 
-def _predicted(runs: Sequence[Path], best: bool, test: TestImages, keep: Path | None) -> dict[Path, Predicted]:
-    """The predictions of each run once, in order: those on file as they are read, of folders made, and kept."""
-    files = {run: read(run) for run in runs if run.is_file()}
-    configs = {run: files[run].config if run in files else RunFolder(run).read_config() for run in runs}
-    named: dict[str, Path] = {}
+def _check(
+    files: Mapping[Path, Predicted], configs: Mapping[Path, Config], best: bool, test: TestImages, keep: Path | None
+) -> None:
+    """Refuse what can be refused before anything is scored."""
+    first, named = next(iter(configs)), {}
     for run, config in configs.items():
-        _check_keys(runs[0], configs[runs[0]], run, config, test)
+        _check_keys(first, configs[first], run, config, test)
         if run in files:
             _check_file(run, files[run], best, test)
             continue
         saved(run, best=best)
         if keep and (other := named.setdefault(name_of(run), run)) != run:
             raise RunError(f"--keep: {other} and {run} would both be {_kept(keep, run)}; keep them in two folders")
+
+
+def _over_seeds(configs: Mapping[Path, Config], names: Mapping[Path, str]) -> list[_Group]:
+    """The runs by configuration and seed."""
+    groups: list[dict[int, Path]] = []
+    for run, config in configs.items():
+        found = [group for group in groups if same_but_seed(configs[next(iter(group.values()))], config)]
+        if not found:
+            groups.append({config.seed: run})
+        elif other := found[0].get(config.seed):
+            raise RunError(f"--over-seeds: {other} and {run} are both of seed {config.seed} and of one configuration")
+        else:
+            found[0][config.seed] = run
+    return [_Group(_common([(seed, names[run]) for seed, run in group.items()]), group) for group in groups]
+
+
+def _common(named: list[tuple[int, str]]) -> str:
+    """The name of runs without -seedN, where that leaves the same of all; otherwise the first one's."""
+    stems = {name.removesuffix(f"-seed{seed}") for seed, name in named}
+    return stems.pop() if len(stems) == 1 else named[0][1]
+
+
+def _predicted(
+    files: Mapping[Path, Predicted], configs: Mapping[Path, Config], best: bool, test: TestImages, keep: Path | None
+) -> dict[Path, Predicted]:
+    """The predictions of each run, in order: those on file as they are read, of folders made, and kept."""
     predicted: dict[Path, Predicted] = {}
     for run in [*files, *(run for run in configs if run not in files)]:  # what may be refused before what takes time
         predicted[run] = files.get(run) or predict_run(run, best=best, test=test)
@@ -140,17 +205,29 @@ def _check_digest(first: tuple[Path, Predicted], other: tuple[Path, Predicted]) 
         )
 
 
-def _compared(run: str, name: str, hit_N: np.ndarray, first_N: np.ndarray | None) -> Compared:
+def _compared(
+    run: str, name: str, hits: Mapping[int, np.ndarray], less: str, firsts: Mapping[int, np.ndarray]
+) -> Compared:
+    """`hits` and `firsts`: h_N by what they are paired by; the first group itself has none to be compared with."""
+    top1, error = _mean(np.mean([*hits.values()], axis=0))
+    d_SN = np.array([hit_N - firsts[key] for key, hit_N in hits.items() if key in firsts])
+    if not len(d_SN):
+        return Compared(run, name, top1, error, None, None, None, None, len(hits), None)
+    difference, difference_error = _mean(d_SN.mean(0))
+    if len(d_SN) == 1:
+        return Compared(run, name, top1, error, less, difference, difference_error, _p(d_SN[0]), 1, None)
+    d_S = d_SN.mean(1)
+    return Compared(run, name, top1, error, less, difference, difference_error, _p(d_S), len(d_S), _mean(d_S)[1])
+
+
+def _p(difference_X: np.ndarray) -> float | None:
+    """Of a two-sided t test that their mean is 0; None where all are alike."""
     from scipy.stats import ttest_1samp  # here, because importing it takes a second
 
-    top1, error = _mean(hit_N)
-    if first_N is None:
-        return Compared(run, name, top1, error, None, None, None)
-    difference, difference_error = _mean(hit_N - first_N)
-    test: Any = ttest_1samp(hit_N - first_N, 0) if difference_error else None
-    return Compared(run, name, top1, error, difference, difference_error, float(test.pvalue) if test else None)
+    test: Any = ttest_1samp(difference_X, 0) if np.ptp(difference_X) > _ALIKE else None
+    return float(test.pvalue) if test else None
 
 
-def _mean(value_N: np.ndarray) -> tuple[float, float]:
+def _mean(value_X: np.ndarray) -> tuple[float, float]:
     """Mean and standard error, times 100."""
-    return 100 * float(value_N.mean()), 100 * float(value_N.std(ddof=1)) / len(value_N) ** 0.5
+    return 100 * float(value_X.mean()), 100 * float(value_X.std(ddof=1)) / len(value_X) ** 0.5

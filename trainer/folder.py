@@ -80,12 +80,7 @@ class RunFolder:
             return
         if config.resume == "never":
             raise RunError(f"{self.path} holds a run already: resume=auto goes on with it, {otherwise}")
-        before, now = _flat(dump_config(self.read_config())), _flat(dump_config(config))
-        changed = [
-            f"{key} (was {before.get(key)!r}, now {now.get(key)!r})"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not f"{key}.".startswith(tuple(f"{k}." for k in _FREE_ON_RESUME))
-        ]
+        changed = [f"{key} (was {was!r}, now {now!r})" for key, was, now in _changed(self.read_config(), config)]
         if changed:
             raise RunError(f"{self.path} was started with other keys: {'; '.join(changed)}; {otherwise}")
 
@@ -166,6 +161,11 @@ class RunFolder:
         return kept
 
 
+def same_but_seed(config: Config, other: Config) -> bool:
+    """Whether two runs are one experiment: every key alike that changes data or arithmetic, the seed apart."""
+    return all(key == "seed" for key, _, _ in _changed(config, other))
+
+
 def csv_text(rows: Sequence[dict[str, Any]]) -> str:
     """A line a row below the keys, which are those of the first."""
     file = io.StringIO()
@@ -189,6 +189,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _changed(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
+    """The keys that differ, with both values, without those of _FREE_ON_RESUME."""
+    was, is_now = _flat(dump_config(before)), _flat(dump_config(now))
+    free = tuple(f"{key}." for key in _FREE_ON_RESUME)
+    return [
+        (key, was.get(key), is_now.get(key))
+        for key in sorted(was.keys() | is_now.keys())
+        if was.get(key) != is_now.get(key) and not f"{key}.".startswith(free)
+    ]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
