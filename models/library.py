@@ -17,7 +17,6 @@ from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 LIBRARIES = ("torchvision", "timm")
@@ -72,6 +71,8 @@ def borrow(name: str, num_classes: int) -> Borrowed:
 def library_names(library: str) -> list[str]:
     """NAMEs of all image classifiers of `torchvision` or `timm`. ValueError where timm is not installed."""
     if library == "torchvision":
+        import torchvision  # takes seconds, and our own networks need none of it
+
         return torchvision.models.list_models(module=torchvision.models)
     if find_spec("timm") is None:
         raise ValueError(f"peers.network: timm is not installed: {INSTALL}")
@@ -107,6 +108,8 @@ def describe(name: str) -> str:
     """What the library says of `torchvision.NAME` or `timm.NAME`: the first paragraph, links written out."""
     library, _, rest = name.partition(".")
     if library == "torchvision":
+        import torchvision
+
         builder = torchvision.models.get_model_builder(rest)
     else:
         import timm
@@ -166,6 +169,8 @@ def _parts(name: str) -> tuple[str, str]:
 def _make(name: str, num_classes: int) -> nn.Module:
     library, _, rest = name.partition(".")
     if library == "torchvision":
+        import torchvision
+
         keys: dict[str, Any] = KEYS.get(name, {})
         return torchvision.models.get_model(rest, weights=None, num_classes=num_classes, **keys)
     import timm

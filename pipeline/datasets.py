@@ -13,16 +13,16 @@ from http.client import HTTPException
 from itertools import compress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 from filelock import FileLock
 from PIL import Image
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import find_classes, make_dataset
-from torchvision.datasets.utils import calculate_md5, download_url
 
 from cutnmix.pipeline.shards import DataError, Members, find_shards, read_members
+
+if TYPE_CHECKING:  # torchvision is imported where it is used: it takes seconds, and digits need none of it
+    from torchvision.datasets import CIFAR10
 
 SUFFIXES = (".jpg", ".jpeg", ".png")  # of `folder`, in any case
 TestImages = Literal["test", "unused"]
@@ -139,11 +139,15 @@ class Splits(NamedTuple):
 
 def cifar10(root: Path | None, download: bool = True) -> Splits:
     """CIFAR-10: 50,000 + 10,000 images of 32x32, 10 classes."""
+    from torchvision.datasets import CIFAR10
+
     return _cifar("cifar10", CIFAR10, root, download, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
 def cifar100(root: Path | None, download: bool = True) -> Splits:
     """CIFAR-100 with its fine labels: 50,000 + 10,000 images of 32x32, 100 classes."""
+    from torchvision.datasets import CIFAR100
+
     return _cifar("cifar100", CIFAR100, root, download, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
 
@@ -178,6 +182,8 @@ def folder(root: Path | None, download: bool = True) -> Splits:
     Classes are sorted by name and files by path. Every class must have images in both halves. No file is opened here:
     `check.without_corrupt` leaves out what does not decode, or else the loader names it when its turn comes.
     """
+    from torchvision.datasets.folder import find_classes, make_dataset
+
     if root is None:
         raise DataError("data.root: folder needs the folder that holds train/CLASS/* and val/CLASS/*")
     for place in (root, root / "train", root / "val"):
@@ -304,7 +310,7 @@ def load_splits(
 
 def _cifar(
     name: str,
-    source: type[CIFAR10],
+    source: "type[CIFAR10]",
     root: Path | None,
     download: bool,
     mean: tuple[float, ...],
@@ -335,7 +341,9 @@ def _cifar(
     return Splits(half("train"), half("test"))
 
 
-def _verify(path: Path, md5: str, source: type[CIFAR10]) -> None:
+def _verify(path: Path, md5: str, source: "type[CIFAR10]") -> None:
+    from torchvision.datasets.utils import calculate_md5
+
     found = calculate_md5(path) if path.is_file() else "none, as it is no file"
     if found != md5:
         raise DataError(
@@ -344,12 +352,14 @@ def _verify(path: Path, md5: str, source: type[CIFAR10]) -> None:
         )
 
 
-def _fetch(source: type[CIFAR10], root: Path, missing: list[str]) -> None:
+def _fetch(source: "type[CIFAR10]", root: Path, missing: list[str]) -> None:
     """Put the missing files under root, each whole or not at all, from the archive in root or else from its URL.
 
     Several processes may do this at once (the ranks of one run): the first works, the others wait and find it done.
     Not torchvision's download=True: that overwrites files, and leaves half a file when it is killed.
     """
+    from torchvision.datasets.utils import download_url
+
     place, archive = root / source.base_folder, root / source.filename
     try:
         root.mkdir(parents=True, exist_ok=True)

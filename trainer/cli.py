@@ -17,7 +17,6 @@ from cutnmix.models.cost import blueprint, cost, made_for, parameters, source
 from cutnmix.pipeline.datasets import DataError, TestImages
 from cutnmix.trainer.config import ConfigError, load_config
 from cutnmix.trainer.display import Display
-from cutnmix.trainer.figures import draw_curves
 from cutnmix.trainer.folder import RunError, RunFolder, Stopped
 from cutnmix.trainer.mesh import LostError, leave_it_to_the_first
 from cutnmix.trainer.options import Network
@@ -111,6 +110,8 @@ def compare(
 @app.command()
 def report(run: Run):
     """Show a run's last evaluation and draw its curves anew; works while it trains."""
+    from cutnmix.trainer.figures import draw_curves  # matplotlib takes a second: not for the other commands
+
     folder = RunFolder(run)
     folder.read_config()
     records = folder.records()

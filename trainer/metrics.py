@@ -13,17 +13,19 @@ images, and every process gets all scores.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from cutnmix.pipeline.batch import Views
 from cutnmix.pipeline.plan import Plan
 from cutnmix.trainer.exchange import Exchange
 from cutnmix.trainer.mesh import ONE, Mesh
 from cutnmix.trainer.step import Learner, Step
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
 
 Scores = dict[str, dict[str, float]]
 
@@ -107,7 +109,11 @@ def _ensemble(log_prob_JBK: Tensor, over: Exchange) -> Tensor:
     return (prob_BK / num_peers).log().clamp(max=0).to(log_prob_JBK.dtype)
 
 
-def _metrics(num_classes: int, device: torch.device, mesh: Mesh) -> MetricCollection:
+def _metrics(num_classes: int, device: torch.device, mesh: Mesh) -> "MetricCollection":
+    # Here, because importing it takes two seconds (it imports scipy.signal), and what only trains or fails needs none.
+    from torchmetrics import MeanMetric, MetricCollection
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
     top5, group = min(5, num_classes), mesh.data_group
     with device:  # built there: moving them would make the host wait
         return MetricCollection(
@@ -124,13 +130,13 @@ def _metrics(num_classes: int, device: torch.device, mesh: Mesh) -> MetricCollec
         )
 
 
-def _update(metric: MetricCollection, log_prob_BK: Tensor, label_B: Tensor) -> None:
+def _update(metric: "MetricCollection", log_prob_BK: Tensor, label_B: Tensor) -> None:
     prob_BK = log_prob_BK.exp()
     for name in ("top1", "top5", "ece"):
         metric[name].update(prob_BK, label_B)
     metric["nll"].update(-log_prob_BK.gather(1, label_B[:, None]))
 
 
-def _read(metric: MetricCollection) -> dict[str, float]:
+def _read(metric: "MetricCollection") -> dict[str, float]:
     percent = {"top1": 100, "top5": 100, "nll": 1, "ece": 100}
     return {name: factor * float(metric[name].compute()) for name, factor in percent.items()}

@@ -26,7 +26,6 @@ from cutnmix.trainer.build import Parts, build
 from cutnmix.trainer.config import Config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.export import export_peers
-from cutnmix.trainer.figures import draw_batch, draw_curves
 from cutnmix.trainer.folder import Position, RunError, RunFolder, Stopped, write_atomically
 from cutnmix.trainer.mesh import Mesh, joined, leave_it_to_the_first
 from cutnmix.trainer.metrics import Scores, evaluate
@@ -233,6 +232,8 @@ class _Run:
             raise Stopped(signum, self.folder.path)
 
     def _draw(self, views: Views, draws: Draws) -> None:
+        from cutnmix.trainer.figures import draw_batch  # here, because matplotlib takes a second: only the first draws
+
         batch, train = self.parts.step.mix(views, draws), self.parts.splits.train
         draw_batch(views, batch, draws, classes=train.classes, mean=train.mean, std=train.std, path=self.folder.batch)
 
@@ -241,6 +242,8 @@ class _Run:
         parameters = sum(self.mesh.of_all_peers(sum(p.numel() for p in self.parts.learner.peers.parameters())))
         if not self.mesh.first:
             return {}
+        from cutnmix.trainer.figures import draw_curves  # here, as draw_batch above
+
         records = self.folder.records()
         tests = [record for record in records if record["kind"] == "test"]
         last, best = tests[-1], max(tests, key=lambda record: record["scores"]["mean"]["top1"])
