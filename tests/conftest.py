@@ -13,6 +13,10 @@ package = types.ModuleType("cutnmix")
 package.__path__ = [str(ROOT)]
 sys.modules["cutnmix"] = package
 
+# Processes that tests start find the modules that stand here: small_network, imported.
+TESTS = str(Path(__file__).parent)
+os.environ["PYTHONPATH"] = os.pathsep.join([TESTS, *filter(None, [os.environ.get("PYTHONPATH")])])
+
 
 @pytest.fixture(scope="session")
 def cifar_root() -> Path:

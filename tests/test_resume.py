@@ -1,40 +1,39 @@
 """A run that was killed, stopped or restarted ends with the very weights of the one that was not."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from processes import SMALL_NETWORK, Started
 
 from cutnmix.trainer.folder import RunFolder
 
 TINY = [
+    *SMALL_NETWORK,
     "data.images_per_class=16",
-    "epochs=4",
+    "epochs=6",  # of 7 steps: enough for a signal to come before the end, however fast they are
     "batch_size=24",
     "distort.cutout=6",
     "log_every=2",
     "checkpoint.every_steps=2",
     "resume=auto",
 ]
+RESNET20 = ["peers.network=resnet20"]
 
 
-def command(folder: Path, *overrides: str) -> list[str]:
+def start(folder: Path, *overrides: str, log: str = "log") -> Started:
+    """A training in `folder`, of the small network where the overrides name no other; its output goes to FOLDER.log."""
     place = [f"runs={folder.parent}", f"name={folder.name}"]
-    return [sys.executable, "-m", "cutnmix.trainer", "train", "quickstart", *TINY, *place, *overrides]
+    return Started(["train", "quickstart", *TINY, *place, *overrides], log_of(folder, log))
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with (folder.parent / f"{folder.name}.log").open("a") as log:
-        return subprocess.Popen(command(folder, *overrides), stdout=log, stderr=subprocess.STDOUT, env=env)
+def log_of(folder: Path, log: str = "log") -> Path:
+    return folder.with_name(f"{folder.name}.{log}")
 
 
 def steps_on_record(folder: Path) -> int:
@@ -42,7 +41,7 @@ def steps_on_record(folder: Path) -> int:
     return records[-1]["step"] if records else 0
 
 
-def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
+def wait_for_step(process: Started, folder: Path, step: int) -> None:
     deadline = time.monotonic() + 120
     while process.poll() is None and steps_on_record(folder) < step and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -77,32 +76,46 @@ def comparable_records(folder: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("straight") / "run"
-    assert start(folder).wait() == 0
+    assert start(folder).wait() == 0, log_of(folder).read_text()
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("loader", ["dali", "resident"])
-def test_killed_at_random_moments_ends_with_the_same_weights_and_records(loader, uninterrupted, tmp_path):
-    folder = tmp_path / "run"
-    rng = random.Random(loader)
-    total = steps_on_record(uninterrupted)
+@pytest.fixture(scope="module")
+def uninterrupted_resnet20(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    assert start(folder, *RESNET20).wait() == 0, log_of(folder).read_text()
+    return folder
+
+
+def check_killed_at_random_moments(folder: Path, straight: Path, seed: str, *overrides: str) -> None:
+    rng = random.Random(seed)
+    total = steps_on_record(straight)
     for kill_after in sorted(rng.sample(range(1, total), 3)):
-        process = start(folder, f"loader={loader}")
+        process = start(folder, *overrides)
         wait_for_step(process, folder, kill_after)
-        time.sleep(rng.random() * 0.2)  # anywhere within a step, an evaluation or a save
+        time.sleep(rng.random() * 0.1)  # anywhere within a step, an evaluation or a save
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert start(folder, f"loader={loader}").wait() == 0
-    assert_same(final_state(folder), final_state(uninterrupted))
-    assert comparable_records(folder) == comparable_records(uninterrupted)
+    assert start(folder, *overrides).wait() == 0, log_of(folder).read_text()
+    assert_same(final_state(folder), final_state(straight))
+    assert comparable_records(folder) == comparable_records(straight)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_ends_with_the_same_weights_and_records(uninterrupted, tmp_path):
+    check_killed_at_random_moments(tmp_path / "run", uninterrupted, "resident", "loader=resident")
+
+
+@pytest.mark.slow
+def test_the_quickstart_itself_killed_at_random_moments_ends_the_same(uninterrupted_resnet20, tmp_path):
+    check_killed_at_random_moments(tmp_path / "run", uninterrupted_resnet20, "dali", *RESNET20, "loader=dali")
 
 
 @pytest.mark.slow
 def test_sigterm_saves_and_exits_with_75_and_the_next_start_goes_on(uninterrupted, tmp_path):
     folder = tmp_path / "run"
-    process = start(folder, "checkpoint.every_steps=null", "checkpoint.every_epochs=4")  # nothing but the signal saves
-    wait_for_step(process, folder, 5)
+    process = start(folder, "checkpoint.every_steps=null", "checkpoint.every_epochs=6")  # nothing but the signal saves
+    wait_for_step(process, folder, 4)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 75
     assert RunFolder(folder).last.exists()
@@ -117,14 +130,14 @@ def test_sigterm_saves_and_exits_with_75_and_the_next_start_goes_on(uninterrupte
 @pytest.mark.slow
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
     folder = tmp_path / "run"
-    first = start(folder, "epochs=100")
+    first = start(folder, "epochs=1000")
     wait_for_step(first, folder, 1)
-    second = subprocess.run(command(folder, "epochs=100"), capture_output=True, text=True)
-    assert second.returncode == 2
-    assert second.stderr.strip() == f"error: {folder} is in use by another process"
+    second = start(folder, "epochs=1000", log="second.log")
+    assert second.wait() == 2
+    assert log_of(folder, "second.log").read_text() == f"error: {folder} is in use by another process\n"
     assert first.poll() is None
     first.kill()
-    first.wait()
+    assert first.wait() == -signal.SIGKILL
 
 
 def test_a_finished_run_started_again_changes_nothing(uninterrupted):
@@ -134,9 +147,8 @@ def test_a_finished_run_started_again_changes_nothing(uninterrupted):
 
 
 def test_other_keys_are_refused_and_named(uninterrupted):
-    done = subprocess.run(command(uninterrupted, "optimizer.lr=0.1"), capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "optimizer.lr (was 0.05, now 0.1)" in done.stderr
+    assert start(uninterrupted, "optimizer.lr=0.1", log="other.log").wait() == 2
+    assert "optimizer.lr (was 0.05, now 0.1)" in log_of(uninterrupted, "other.log").read_text()
 
 
 def test_the_resolved_configuration_is_on_record(uninterrupted):

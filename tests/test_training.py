@@ -1,17 +1,17 @@
 """Every method, through the command line: it trains, its loss falls, and killed it goes on to the very same end."""
 
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from test_resume import assert_same, command, comparable_records, final_state, start, steps_on_record, wait_for_step
+import tasks
+from test_resume import assert_same, comparable_records, final_state, log_of, start, steps_on_record, wait_for_step
 
+from cutnmix.models import NETWORKS
 from cutnmix.trainer.cli import main
 from cutnmix.trainer.folder import RunFolder
 from cutnmix.trainer.methods import METHODS
@@ -22,6 +22,14 @@ KEYS = {
     "ps_kd": ["method.alpha_T=0.2"],  # of two epochs: with 0.8 most of the second's targets are its own predictions
 }
 STATEFUL = [("ps_kd", []), ("one", []), ("okddip", []), ("pcl", []), ("kdcl", ["method.variant=general"])]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_network():
+    """For the trainings in this process; those in their own import it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(NETWORKS, "small", tasks.small)
+        yield
 
 
 def train(monkeypatch, *arguments: str) -> None:
@@ -40,10 +48,10 @@ def keys(name: str, teacher: Path | None = None) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> Path:
+def teacher(tmp_path_factory, small_network) -> Path:
     """A finished run of one network."""
     runs = tmp_path_factory.mktemp("teacher")
-    small = ["mix=none", "peers.count=1", "epochs=1", "data.images_per_class=60"]
+    small = ["peers.network=small", "mix=none", "peers.count=1", "epochs=1", "data.images_per_class=60"]
     with pytest.MonkeyPatch.context() as patch:
         train(patch, "quickstart", "method=baseline", *small, f"runs={runs}", "name=t")
     return runs / "t"
@@ -53,6 +61,7 @@ def teacher(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", METHODS)
 def test_two_epochs_on_digits_lower_the_loss(name, teacher, tmp_path, monkeypatch):
     size = [
+        "peers.network=small",
         "epochs=2",
         "data.images_per_class=50",
         "batch_size=20",
@@ -70,19 +79,11 @@ def test_two_epochs_on_digits_lower_the_loss(name, teacher, tmp_path, monkeypatc
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory) -> Path:
-    """Runs of the methods with memory that nothing interrupts, one after another in a process of their own."""
+    """Runs of the methods with memory that nothing interrupts."""
     folder = tmp_path_factory.mktemp("straight")
-    runs = [command(folder / name, *keys(name), *more, "loader=resident")[4:] for name, more in STATEFUL]
-    code = """
-import json, sys
-from cutnmix.trainer.config import load_config
-from cutnmix.trainer.run import train
-for recipe, *overrides in json.loads(sys.argv[1]):
-    train(load_config(recipe, overrides))
-"""
-    subprocess.run(
-        [sys.executable, "-c", code, json.dumps(runs)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    for name, more in STATEFUL:
+        run = folder / name
+        assert start(run, *keys(name), *more, "loader=resident").wait() == 0, log_of(run).read_text()
     return folder
 
 
@@ -93,10 +94,10 @@ def test_a_method_with_memory_killed_at_a_random_moment_ends_the_same(name, more
     overrides = [*keys(name), *more, "loader=resident"]
     rng = random.Random(name)
     process = start(broken, *overrides)
-    wait_for_step(process, broken, rng.randrange(1, steps_on_record(straight)))
-    time.sleep(rng.random() * 0.2)
+    wait_for_step(process, broken, rng.randrange(1, steps_on_record(straight) // 2))
+    time.sleep(rng.random() * 0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert start(broken, *overrides).wait() == 0
+    assert start(broken, *overrides).wait() == 0, log_of(broken).read_text()
     assert_same(final_state(broken), final_state(straight))
     assert comparable_records(broken) == comparable_records(straight)

@@ -1,0 +1,17 @@
+"""What the children that processes.py starts need not import again. It must start no thread: a fork would lose it.
+
+An import that fails here is silent and costs time only: the children make up for it.
+"""
+
+import sklearn.datasets  # noqa: F401
+import torch._dynamo  # noqa: F401 (an optimizer imports it)
+import torchmetrics.classification  # noqa: F401
+
+import cutnmix.trainer.cli
+import cutnmix.trainer.figures
+import cutnmix.trainer.run
+
+try:
+    import cutnmix.pipeline.dali  # noqa: F401
+except ImportError:  # a platform without DALI
+    pass

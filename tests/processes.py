@@ -1,0 +1,56 @@
+"""Processes of `cutnmix` that start in a moment: children of one that has imported everything already.
+
+Each is a process of its own, with its own threads, signals and exit code; only the ten seconds of imports are saved.
+They leave without Python's end (os._exit): what that could do to an exit code is for the tests of the command line.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from multiprocessing import get_context
+from pathlib import Path
+from unittest.mock import patch
+
+CONTEXT = get_context("forkserver")  # forks from one that has one thread, which those of pytest may not have
+CONTEXT.set_forkserver_preload(["imported"])
+SMALL_NETWORK = ["imports=[small_network]", "peers.network=small"]  # where any network will do
+
+
+class Started:
+    """`cutnmix ARGUMENTS` with all that it prints at the end of the file `log`; as subprocess.Popen otherwise."""
+
+    def __init__(self, arguments: Sequence[str], log: Path):
+        with patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):  # for the first one, from which the others come
+            # daemon: a test that fails leaves none behind
+            self._process = CONTEXT.Process(target=_cutnmix, args=([*arguments], log), daemon=True)
+            self._process.start()
+        assert self._process.pid
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """The exit code, -N where signal N ended it; None as long as it runs."""
+        return self._process.exitcode
+
+    def wait(self) -> int:
+        self._process.join()
+        code = self.poll()
+        assert code is not None
+        return code
+
+    def send_signal(self, signum: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _cutnmix(arguments: list[str], log: Path) -> None:
+    with log.open("a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    from cutnmix.trainer.cli import main
+
+    sys.argv = ["cutnmix", *arguments]
+    main()
