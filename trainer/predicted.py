@@ -5,7 +5,7 @@ of.ensemble, and the method's own, such as of.teacher). Its metadata, all string
 
     predictions    "1", the version of this format
     run            the name of the run's folder
-    config         its configuration, JSON
+    config         its configuration, JSON, without the places of its machine (runs, data.root)
     checkpoint     last or best: which of its checkpoints
     epochs         that it had trained
     on             test or unused: the images, see load_splits
@@ -95,10 +95,12 @@ def write(path: Path, predicted: Predicted) -> None:
     arrays = {"label": predicted.label_N} | {f"{_OF}{name}": found for name, found in predicted.class_N.items()}
     small = all(array.max(initial=0) < 256 for array in arrays.values())
     dtype = torch.uint8 if small else torch.int32
+    config = dump_config(predicted.config)
+    del config["runs"], config["data"]["root"]
     metadata = {
         "predictions": _VERSION,
         "run": predicted.run,
-        "config": json.dumps(dump_config(predicted.config)),
+        "config": json.dumps(config),
         "checkpoint": predicted.checkpoint,
         "epochs": repr(predicted.epochs),
         "on": predicted.on,
