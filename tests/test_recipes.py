@@ -37,7 +37,7 @@ def test_the_papers_recipe_trains_on_real_cifar100(loader, cifar_root, tmp_path)
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("network", [*NETWORKS, "torchvision.mobilenet_v3_small", "timm.mobilenetv3_small_050"])
 def test_every_network_makes_a_step_with_cutnmix(network, precision):
-    keys = [f"peers.network={network}", f"precision={precision}", "data.images_per_class=1", "batch_size=4"]
+    keys = [f"peers.network={network}", f"precision={precision}", "data.images_per_class=1", "batch_size=2"]
     parts = build(load_config("quickstart", [*keys, "loader=resident"]))
     plan, tally = parts.plan(0), Tally([])
     views = next(iter(parts.loader.epoch(plan)))
