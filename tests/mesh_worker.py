@@ -1,8 +1,9 @@
 """One process of a mesh: trains small networks in every mode that test_mesh.py compares, and leaves what came out.
 
-torchrun --nproc-per-node N tests/mesh_worker.py FOLDER DATA PEER
+torchrun --nproc-per-node N tests/mesh_worker.py FOLDER DATAxPEER...      meshes of N processes, one after another
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -145,4 +146,7 @@ def main(folder: Path, data: int, peer: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    for start, mesh in enumerate(sys.argv[2:]):
+        # Counted on as torchrun does when it starts processes anew, so that none looks for those of the former mesh.
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(start)
+        main(Path(sys.argv[1]), *map(int, mesh.split("x")))

@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import mesh_worker
 import numpy as np
 import oracle
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from mesh_worker import MODES, SAVED, STEPS, Normed, config_of, restored
+from processes import Started
 from safetensors.torch import load_file
 from tasks import make_task
 from test_resume import assert_same, comparable_records, steps_on_record
@@ -337,9 +339,13 @@ def worked_folder(tmp_path_factory) -> Path:
 def worked(worked_folder) -> dict[tuple[int, int], list[dict]]:
     """What mesh_worker.py left, by mesh and rank. The later meshes also read the checkpoints of the former ones."""
     made = {}
-    for data, peer in [(1, 1), (2, 2), (1, 2), (2, 1)]:
-        done = launch(["mesh_worker.py", str(worked_folder), str(data), str(peer)], data * peer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(NETWORKS, "normed", Normed)
+        mesh_worker.main(worked_folder, 1, 1)
+    for processes, meshes in ((4, ["2x2"]), (2, ["1x2", "2x1"])):
+        done = launch(["mesh_worker.py", str(worked_folder), *meshes], processes)
         assert done.returncode == 0, done.stderr[-3000:]
+    for data, peer in [(1, 1), *MESHES]:
         files = [worked_folder / f"{data}x{peer}-rank{r}.pt" for r in range(data * peer)]
         made[data, peer] = [torch.load(file, weights_only=False) for file in files]
     return made
@@ -452,11 +458,12 @@ TINY = [
 ]
 
 
-def start(folder: Path, data: int, peer: int, *keys: str, restarts: int = 0) -> subprocess.Popen:
+def start(folder: Path, data: int, peer: int, *keys: str, restarts: int = 0) -> Started | subprocess.Popen:
     mesh = [f"mesh.data={data}", f"mesh.peer={peer}", f"runs={folder.parent}", f"name={folder.name}"]
+    if data * peer == 1:
+        return Started(["train", "quickstart", *TINY, *mesh, *keys], folder.parent / f"{folder.name}.log")
     command = run_command(*TINY, *mesh, *keys, processes=data * peer)
-    if data * peer > 1:
-        command[4:4] = [f"--max-restarts={restarts}"]
+    command[4:4] = [f"--max-restarts={restarts}"]
     with (folder.parent / f"{folder.name}.log").open("a") as log:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=env)
@@ -466,14 +473,14 @@ def log_of(folder: Path) -> str:
     return (folder.parent / f"{folder.name}.log").read_text()
 
 
-def wait_until(done: Callable[[], object], process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_until(done: Callable[[], object], process: Started | subprocess.Popen, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not done() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
     assert done()
 
 
-def workers(process: subprocess.Popen) -> dict[int, int]:
+def workers(process: Started | subprocess.Popen) -> dict[int, int]:
     """Process ids by rank."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     found = {}
@@ -515,8 +522,9 @@ def test_a_killed_process_ends_with_the_weights_of_an_uninterrupted_run(uninterr
 @pytest.mark.slow
 def test_a_finished_run_of_several_processes_is_evaluated_and_exported_by_one(uninterrupted):
     def command(*words: str) -> str:
-        words = (sys.executable, "-m", "cutnmix.trainer", *words)
-        return subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        log = uninterrupted.with_name(f"{words[0]}.log")
+        assert Started(words, log).wait() == 0, log.read_text()
+        return log.read_text()
 
     (test,) = [record["scores"] for record in RunFolder(uninterrupted).records() if record["kind"] == "test"]
     shown = command("evaluate", str(uninterrupted))

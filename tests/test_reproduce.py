@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import Started
 from rich.console import Console
 from test_resume import assert_same, comparable_records, final_state, steps_on_record
 from torch.utils.flop_counter import FlopCounterMode
@@ -413,14 +414,23 @@ def test_runs_of_a_data_set_that_is_not_there_are_left_out(tmp_path):
     assert summary.page.is_file()
 
 
-def start_grid(path: Path, out: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "cutnmix.trainer", "reproduce", str(path), "--out", str(out), "--no-measure"]
+def grid_command(path: Path, out: Path, *arguments: str) -> list[str]:
+    return ["reproduce", str(path), "--out", str(out), "--no-measure", *arguments]
+
+
+def start_grid(path: Path, out: Path, *arguments: str) -> Started:
+    return Started(grid_command(path, out, *arguments), path.parent / "log")
+
+
+def start_grid_on_ray(path: Path, out: Path) -> subprocess.Popen:
+    """As a user does: what Ray makes of its environment and of the process is its own affair."""
+    command = [sys.executable, "-m", "cutnmix.trainer", *grid_command(path, out, "--ray", "local", "--workers", "1")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
     with (path.parent / "log").open("a") as log:
-        return subprocess.Popen([*command, *arguments], stdout=log, stderr=subprocess.STDOUT, env=env)
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
 
 
-def wait_until(condition, process: subprocess.Popen) -> None:
+def wait_until(condition, process: Started | subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while process.poll() is None and not condition():
         assert time.monotonic() < deadline
@@ -492,7 +502,7 @@ def test_processes_save_and_end_with_the_command_however_that_ended(tmp_path):
 def test_ray_reschedules_a_run_whose_worker_was_killed(tmp_path, uninterrupted):
     pytest.importorskip("ray")
     path, out = write_grid(tmp_path, BASELINE, CUTNMIX), tmp_path / "out"
-    process = start_grid(path, out, "--ray", "local", "--workers", "1")
+    process = start_grid_on_ray(path, out)
     wait_until(lambda: any(2 <= steps_on_record(out / run) < 8 for run in RUNS), process)
     (begun,) = [r for r in Ledger(out / LEDGER, "", 1).records() if r["event"] == "started"]
     os.kill(begun["pid"], signal.SIGKILL)

@@ -65,7 +65,7 @@ def test_two_epochs_on_digits_lower_the_loss(name, teacher, tmp_path, monkeypatc
         "epochs=2",
         "data.images_per_class=50",
         "batch_size=20",
-        "optimizer.lr=0.02",
+        "optimizer.lr=0.1",
         "schedule=constant",
         "loader=resident",
     ]
