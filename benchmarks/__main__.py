@@ -214,28 +214,36 @@ def everything(
 @app.command("tables")
 def write_tables(
     check: Annotated[bool, typer.Option("--check", help="change nothing; exit 1 if something would change")] = False,
-    readme: Annotated[Path | None, typer.Option(help="the file with the markers: this checkout's")] = None,
+    document: Annotated[
+        Path | None,
+        typer.Option(help="the file with the markers: README.md and benchmarks/RESULTS.md of this checkout"),
+    ] = None,
     out: Out = None,
 ) -> None:
-    """Make the README's tables from the records: what stands between <!-- bench:NAME --> and <!-- /bench -->.
+    """Make the documents' tables from the records: what stands between <!-- bench:NAME --> and <!-- /bench -->.
 
     So from NAME/runs.csv, the report.csv of cutnmix reproduce, between <!-- runs:NAME --> and <!-- /runs -->, and from
     NAME/compared.csv, of cutnmix compare, between <!-- compared:NAME --> and <!-- /compared -->.
     """
-    readme = readme or (checkout() or Path()) / "README.md"
-    old = readme.read_text()
+    root = checkout() or Path()
+    documents = [document] if document else [root / name for name in tables.DOCUMENTS]
     try:
-        new = tables.fill(old, _folder(out))
+        made = {path: tables.fill(path, _folder(out)) for path in documents}
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    if old == new:
-        console.print(f"{readme} is as the records have it")
-    elif check:
-        console.print(f"{readme} differs from the records: run cutnmix bench tables")
+    except OSError as error:
+        raise typer.BadParameter(f"{error.filename}: {error.strerror}") from error
+    stale = [path for path, new in made.items() if path.read_text() != new]
+    for path, new in made.items():
+        if path not in stale:
+            console.print(f"{path} is as the records have it")
+        elif check:
+            console.print(f"{path} differs from the records: run cutnmix bench tables")
+        else:
+            path.write_text(new)
+            console.print(f"{path} written")
+    if stale and check:
         raise typer.Exit(1)
-    else:
-        readme.write_text(new)
-        console.print(f"{readme} written")
 
 
 def _leave(

@@ -1,15 +1,17 @@
-"""The README's tables, made from benchmarks/results: what stands between two markers is theirs.
+"""The tables of the README and of RESULTS.md, made from benchmarks/results: what stands between two markers is theirs.
 
 <!-- bench:NAME -->     NAME.json, the record of a benchmark
 <!-- runs:NAME -->      NAME/runs.csv, the report.csv of cutnmix reproduce
-<!-- compared:NAME -->  NAME/compared.csv, of cutnmix compare
+<!-- compared:NAME -->  NAME/compared.csv, lines of cutnmix compare --csv on runs of cutnmix reproduce
 
 Nobody types a figure, so none can differ from what was measured; a test checks that none does.
 """
 
 import csv
+import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from cutnmix.benchmarks.records import Record, heads, read_records, sheets_of, text
 from cutnmix.benchmarks.reproduce.grid import load_grid
@@ -17,15 +19,30 @@ from cutnmix.benchmarks.reproduce.results import value_of
 from cutnmix.benchmarks.reproduce.sheets import value_text
 from cutnmix.trainer.compare import told
 
+DOCUMENTS = ("README.md", "benchmarks/RESULTS.md")  # of a checkout
 Line = dict[str, str]  # of a CSV
 MARKED = re.compile(r"(<!-- (bench|runs|compared):(\S+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+LABELLED = ("s1", "ablation/views")  # the grids that say how a row is called here, the first one's word first
+ROUNDING = 1e-9  # of a percentage that two machines made of the same hits
 READINGS = {"mean": "mean of the peers", "ensemble": "their ensemble", "teacher": "peer teacher"}
 
 
-def render(record: Record) -> str:
-    """A record as Markdown: its plot, a table a sheet, what it was taken on. Ends in a newline."""
-    name = record["benchmark"]
-    parts = [f"![{record['command']}](benchmarks/results/{name}.png)"]
+class _Run(NamedTuple):
+    """A run of cutnmix reproduce."""
+
+    cell: str  # DATA-NETWORK
+    row: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """That of its folder."""
+        return f"{self.cell}-{self.row}-seed{self.seed}"
+
+
+def render(record: Record, plots: str) -> str:
+    """A record as Markdown: its plot of the folder `plots`, a table a sheet, its conditions. Ends in a newline."""
+    parts = [f"![{record['command']}]({plots}/{record['benchmark']}.png)"]
     for sheet in sheets_of(record):
         rows = []
         for row, cells in sheet.rows.items():
@@ -60,49 +77,90 @@ def accuracies(runs: list[Line]) -> str:
 
 
 def compared(lines: list[Line]) -> str:
-    """Runs beside the first of them on the same images as Markdown, a line a run: percent +- standard error."""
-    runs = list(dict.fromkeys(line["run"] for line in lines))
-    rows = []
-    for run in runs:
-        row = [f"`{run}`"]
-        for name in ("mean", "ensemble"):
-            (line,) = [line for line in lines if (line["run"], line["prediction"]) == (run, name)]
-            row.append(_with_error(line["top1"], line["error"]))
-            row.append(_with_error(line["difference"], line["difference_error"], "+") if line["difference"] else "")
-        rows.append(row)
-    first = f"less `{runs[0]}`"
-    what = told(lines[0]["on"], int(lines[0]["images"]))
-    return _table([what, READINGS["mean"], first, READINGS["ensemble"], first], rows)
+    """Runs beside the method of the first line as Markdown, a line a method, a column a seed: the mean of the peers.
 
-
-def fill(readme: str, folder: Path) -> str:
-    """The README with what stands between each pair of markers made anew, from what lies in the folder.
+    In brackets the difference to the first method's run of the same seed, with its standard error over images where the
+    two were scored side by side; elsewhere that of the two top-1s.
 
     Raises:
-        ValueError: for markers that have no record there.
+        ValueError: for runs that cutnmix reproduce would call otherwise, or lines that do not belong together.
+    """
+    lines = [line for line in lines if line["prediction"] == "mean"]
+    runs = {line["run"]: _run(line["run"]) for line in lines}
+    top1: dict[str, str] = {}
+    beside: dict[tuple[str, str], tuple[float, str]] = {}  # the difference of one run less another, and its error
+    for line in lines:
+        if abs(float(top1.setdefault(line["run"], line["top1"])) - float(line["top1"])) > ROUNDING:
+            raise ValueError(f"{line['run']} has two values of top1: {top1[line['run']]} and {line['top1']}")
+        if line["difference"]:
+            difference, error = float(line["difference"]), line["difference_error"]
+            beside[line["run"], line["less"]] = difference, error
+            beside[line["less"], line["run"]] = -difference, error
+    (images, *others), (cell, *more) = (
+        {(line["on"], line["images"]) for line in lines},
+        {run.cell for run in runs.values()},
+    )
+    if others or more:
+        raise ValueError("its lines are of other images, or of another data set or network, than its first one")
+
+    def shown(run: _Run) -> str:
+        if run.name not in top1:
+            return ""
+        value, reference = float(top1[run.name]), run._replace(row=first.row)
+        if run == reference or reference.name not in top1:
+            return f"{value:.2f}"
+        difference, error = beside.get((run.name, reference.name), (value - float(top1[reference.name]), ""))
+        spread = f" \u00b1 {float(error):.2f}" if error else ""
+        return f"{value:.2f} ({difference:+.2f}{spread})"
+
+    first, *_ = runs.values()
+    labels = {row.name: row.label for grid in reversed(LABELLED) for row in load_grid(grid).rows}
+    known = [row.name for grid in LABELLED for row in load_grid(grid).rows]
+    found = [run.row for run in runs.values()]
+    rows = [row for row in dict.fromkeys([first.row, *known, *found]) if row in found]
+    seeds = sorted({run.seed for run in runs.values()})
+    table = [[labels.get(row, f"`{row}`"), *(shown(_Run(cell, row, seed)) for seed in seeds)] for row in rows]
+    on, count = images
+    return _table([told(on, int(count)), *(f"seed {seed}" for seed in seeds)], table)
+
+
+def fill(document: Path, folder: Path) -> str:
+    """A document with what stands between each pair of markers made anew, from what lies in the folder.
+
+    Raises:
+        ValueError: for markers that have no record there, or one that cannot be read so.
     """
     records = read_records(folder)
+    plots = Path(os.path.relpath(folder, document.parent)).as_posix()
 
     def made(found: re.Match[str]) -> str:
         begin, kind, name, end = found.groups()
         if kind == "bench" and name in records:
-            return f"{begin}{render(records[name])}{end}"
+            return f"{begin}{render(records[name], plots)}{end}"
         path = folder / name / f"{kind}.csv"
         if kind == "bench" or not path.is_file():
             raise ValueError(f"no record of {kind}:{name} in {folder}: run it first")
         with path.open(newline="") as file:
             lines = list(csv.DictReader(file))
-        return f"{begin}{accuracies(lines) if kind == 'runs' else compared(lines)}{end}"
+        try:
+            return f"{begin}{accuracies(lines) if kind == 'runs' else compared(lines)}{end}"
+        except KeyError as error:
+            raise ValueError(f"{path} lacks the column {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
-    return MARKED.sub(made, readme)
+    return MARKED.sub(made, document.read_text())
+
+
+def _run(name: str) -> _Run:
+    parts = re.fullmatch(r"(.+)-([a-z0-9_]+)-seed(\d+)", name)
+    if not parts:
+        raise ValueError(f"{name!r} is not of the form DATA-NETWORK-ROW-seedN, as cutnmix reproduce names its runs")
+    return _Run(parts[1], parts[2], int(parts[3]))
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
     return "".join(f"{_line(line)}\n" for line in [head, ["---"] * len(head), *rows])
-
-
-def _with_error(value: str, error: str, sign: str = "") -> str:
-    return f"{float(value):{sign}.2f} \u00b1 {float(error):.2f}"
 
 
 def _line(cells: list[str]) -> str:

@@ -348,5 +348,5 @@ def test_an_absent_library_is_told(monkeypatch):
     assert sheet.rows["tensor crops + timm Mixup"] == {"1": None, "2": None}
     assert all(None not in row.values() for name, row in sheet.rows.items() if "timm" not in name)
     assert "| tensor crops + timm Mixup | not installed | not installed |" in tables.render(
-        make_record("x", [sheet], {})
+        make_record("x", [sheet], {}), "results"
     )

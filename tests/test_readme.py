@@ -1,11 +1,14 @@
-"""The README's Python runs as printed, top to bottom."""
+"""The README's Python runs as printed, top to bottom; what README and RESULTS.md link to is there."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+from cutnmix.benchmarks.tables import DOCUMENTS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -28,10 +31,22 @@ def test_every_python_block_runs(tmp_path, monkeypatch):
     assert 0 < names["result"]["headline"]["top1"] <= 100
 
 
-def test_every_path_it_names_exists():
-    root = Path(__file__).parent.parent
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (root / target).exists(), target
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_path_and_heading_it_names_exists(name):
+    document = ROOT / name
+    targets = re.findall(r"\]\(([^):]+)\)", document.read_text())
+    assert targets
+    for target in targets:
+        path, _, heading = target.partition("#")
+        named = document.parent / path if path else document
+        assert named.exists(), target
+        assert not heading or heading in headings(named.read_text()), target
+
+
+def headings(text: str) -> set[str]:
+    """As GitHub names them in links."""
+    lines = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
 
 
 def test_the_custom_method_is_about_twenty_lines():

@@ -1,5 +1,6 @@
-"""Records, plots and the README's tables made of them: a figure looks the same wherever it stands, and none is lost."""
+"""Records, plots and the tables made of them: a figure looks the same wherever it stands, and none is lost."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from cutnmix.benchmarks import plots, records, tables
 from cutnmix.benchmarks.measure import Spread
 from cutnmix.benchmarks.records import Sheet, make_record, number, read_records, sheets_of, text
 from cutnmix.trainer.compare import Compared, Comparison, write_csv
+from cutnmix.trainer.folder import csv_text
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,7 +66,7 @@ def test_tables_round_trip(tmp_path):
     records.write_json(tmp_path / "sample.json", record)
     readme = tmp_path / "README.md"
     readme.write_text("# Title\n\n<!-- bench:sample -->\nstale\n<!-- /bench -->\n\nThe end | of it.\n")
-    options = ["tables", f"--readme={readme}", f"--out={tmp_path}"]
+    options = ["tables", f"--document={readme}", f"--out={tmp_path}"]
 
     def exit_code(*more: str) -> int:
         with pytest.raises(SystemExit) as left:
@@ -79,16 +81,40 @@ def test_tables_round_trip(tmp_path):
     assert made.endswith(f"commit {record['commit']}, {record['date']}.\n<!-- /bench -->\n\nThe end | of it.\n")
     assert "| | J = 1 | J = 2 |\n| --- | --- | --- |\n| **cutnmix** | 100 (93..110) | 7 |\n" in made
     assert "| not installed | 0.0123 |" in made
-    assert tables.fill(made, tmp_path) == made
+    assert tables.fill(readme, tmp_path) == made
     readme.write_text(made.replace("100 (93..110)", "90 (93..110)"))
     assert exit_code("--check") == 1
     readme.write_text(made.replace("bench:sample", "bench:other"))
     assert exit_code() == 2
+    readme.unlink()
+    assert exit_code() == 2
 
 
-def test_the_readme_is_as_the_records_have_it():
-    readme = (ROOT / "README.md").read_text()
-    assert tables.fill(readme, ROOT / "benchmarks" / "results") == readme
+def test_both_documents_are_made_or_checked(tmp_path, monkeypatch):
+    """Plots are found from where a document lies."""
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    records.write_json(results / "sample.json", make_record("sample", [SHEET], {}))
+    monkeypatch.setattr(commands, "checkout", lambda: tmp_path)
+    for name in tables.DOCUMENTS:
+        (tmp_path / name).write_text("<!-- bench:sample -->\n<!-- /bench -->\n")
+    for options, code in ((["--check"], 1), ([], 0), (["--check"], 0)):
+        with pytest.raises(SystemExit) as left:
+            commands.app(["tables", *options])
+        assert (left.value.code or 0) == code
+    plots = [re.findall(r"\]\((.+)\)", (tmp_path / name).read_text()) for name in tables.DOCUMENTS]
+    assert plots == [["benchmarks/results/sample.png"], ["results/sample.png"]]
+
+
+@pytest.mark.parametrize("name", tables.DOCUMENTS)
+def test_the_documents_are_as_the_records_have_them(name):
+    assert tables.fill(ROOT / name, ROOT / "benchmarks" / "results") == (ROOT / name).read_text()
+
+
+def filled(folder: Path, markers: str) -> list[str]:
+    """The lines of a document of two markers."""
+    (folder / "README.md").write_text(f"<!-- {markers} -->\nold\n<!-- /{markers.partition(':')[0]} -->\n")
+    return tables.fill(folder / "README.md", folder).splitlines()
 
 
 def test_accuracies_are_means_over_the_finished_runs_of_each_method(tmp_path):
@@ -104,29 +130,80 @@ def test_accuracies_are_means_over_the_finished_runs_of_each_method(tmp_path):
     (tmp_path / "short").mkdir()
     lines = [",".join(map(str, line)) for line in [heads, *[[f'"{cell}"' for cell in run] for run in runs]]]
     (tmp_path / "short" / "runs.csv").write_text("\n".join(lines) + "\n")
-    readme = tables.fill("<!-- runs:short -->\nold\n<!-- /runs -->\n", tmp_path)
-    assert readme.splitlines()[1:-1] == [
+    assert filled(tmp_path, "runs:short")[1:-1] == [
         "| SCALE 1: short | n | mean of the peers | their ensemble | peer teacher |",
         "| --- | --- | --- | --- | --- |",
         "| Baseline | 1 | 77.50 | | |",
         "| CutnMix + MMD + PT | 2 | 79.00 \u00b1 1.41 | 80.50 \u00b1 0.71 | 81.00 \u00b1 0.00 |",
     ]
     with pytest.raises(ValueError, match="no record of runs:long"):
-        tables.fill("<!-- runs:long -->\n<!-- /runs -->\n", tmp_path)
+        filled(tmp_path, "runs:long")
 
 
-def test_a_comparison_is_a_line_a_run(tmp_path):
+def lines_of(*runs: tuple[str, float, str, float | None]) -> list[dict]:
+    """Lines of compare --csv: run, top-1, what it is less, and the difference."""
     rows = [
-        Compared("dml", "mean", 77.14, 0.54, None, None, None),
-        Compared("dml", "ensemble", 78.46, 0.58, None, None, None),
-        Compared("cutnmix", "mean", 78.371, 0.54, 1.231, 0.47, 0.009),
-        Compared("cutnmix", "ensemble", 78, 0.57, -0.46, 0.5, 0.3),
-        Compared("cutnmix", "teacher", 79.58, 0.57, None, None, None),
+        Compared(f"cifar100-resnet20-{run}", "mean", top1, 0.54, less and f"cifar100-resnet20-{less}", *rest, 1, None)
+        for run, top1, less, difference in runs
+        for rest in [(difference, less and 0.33, less and 0.04)]
     ]
-    write_csv(tmp_path / "short" / "compared.csv", Comparison(5000, rows), "unused")
-    made = tables.fill("<!-- compared:short -->\n<!-- /compared -->\n", tmp_path).splitlines()
-    assert made[1].startswith("| 5,000 training images that no run has used | mean of the peers | less `dml` |")
-    assert made[3:5] == [
-        "| `dml` | 77.14 \u00b1 0.54 | | 78.46 \u00b1 0.58 | |",
-        "| `cutnmix` | 78.37 \u00b1 0.54 | +1.23 \u00b1 0.47 | 78.00 \u00b1 0.57 | -0.46 \u00b1 0.50 |",
+    return [{"on": "unused", "images": 5000, **row._asdict()} for row in rows]
+
+
+def write_lines(folder: Path, lines: list[dict]) -> None:
+    (folder / "short").mkdir(exist_ok=True)
+    (folder / "short" / "compared.csv").write_text(csv_text(lines))
+
+
+def test_comparisons_are_a_line_a_method_and_a_column_a_seed(tmp_path):
+    lines = lines_of(
+        ("dml_cutmix-seed95", 79.12, "", None),
+        ("dml_cutnmix-seed95", 77.74, "dml_cutmix-seed95", -1.38),
+        ("cutnmix_t1-seed95", 77, "dml_cutmix-seed95", -2.12),  # a row of another grid
+        ("dml-seed95", 77.14, "", None),
+        ("dml_cutmix-seed95", 79.12, "dml-seed95", 1.98),  # side by side, the other way round
+        ("baseline-seed95", 74.96, "dml-seed95", -2.18),
+        ("dml_cutmix-seed97", 80, "", None),
+        ("baseline-seed97", 75, "", None),  # on another machine
+        ("baseline-seed96", 76, "", None),  # whose seed the first method lacks
+    )
+    write_lines(tmp_path, lines)
+    assert filled(tmp_path, "compared:short")[1:-1] == [
+        "| 5,000 training images that no run has used | seed 95 | seed 96 | seed 97 |",
+        "| --- | --- | --- | --- |",
+        "| DML + CutMix | 79.12 | | 80.00 |",
+        "| Baseline | 74.96 (-4.16) | 76.00 | 75.00 (-5.00) |",
+        "| DML | 77.14 (-1.98 \u00b1 0.33) | | |",
+        "| DML + CutnMix, a view and a box each | 77.74 (-1.38 \u00b1 0.33) | | |",
+        "| `cutnmix_t1` | 77.00 (-2.12 \u00b1 0.33) | | |",
     ]
+
+
+def test_a_table_is_made_of_what_compare_writes(tmp_path):
+    rows = [
+        Compared("cifar10-vgg16-dml-seed1", "mean", 77.14, 0.54, None, None, None, None, 1, None),
+        Compared("cifar10-vgg16-dml-seed1", "ensemble", 78.46, 0.58, None, None, None, None, 1, None),
+        Compared(
+            "cifar10-vgg16-dml_per_peer-seed1", "mean", 78.371, 0.54, "cifar10-vgg16-dml-seed1", 1.2, 0.5, 0.0, 1, None
+        ),
+    ]
+    write_csv(tmp_path / "short" / "compared.csv", Comparison(5000, rows, []), "test")
+    made = filled(tmp_path, "compared:short")
+    assert made[1] == "| 5,000 test images | seed 1 |"
+    assert made[3:5] == ["| DML | 77.14 |", "| DML, a view each | 78.37 (+1.20 \u00b1 0.50) |"]
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"top1": 70.0}, "dml-seed95 has two values of top1: 77.14 and 70.0"),
+        ({"images": 4999}, "its lines are of other images"),
+        ({"run": "cifar10-resnet20-dml-seed95"}, "or of another data set or network"),
+        ({"run": "mine"}, "'mine' is not of the form DATA-NETWORK-ROW-seedN"),
+    ],
+)
+def test_lines_that_do_not_belong_together_are_refused(other, said, tmp_path):
+    one, two = lines_of(("dml-seed95", 77.14, "", None), ("dml-seed95", 77.14, "", None))
+    write_lines(tmp_path, [one, two | other])
+    with pytest.raises(ValueError, match=f"short/compared.csv: .*{said}"):
+        filled(tmp_path, "compared:short")

@@ -11,8 +11,8 @@ of the first group's run of the same seed; n_s seeds have both. (Single runs: of
 
 The errors over images are of these very networks and of images drawn anew: what another seed would have given is not in
 them. The error over seeds is of these very images and of training anew. What a network gets right by luck, image by
-image, is in both, so that they do not add up. With two or three seeds sd_s is itself known to a factor of two or so at
-best; its p takes that into account, a multiple of the error does not.
+image, is in both, so that they do not add up. From two or three seeds sd_s is itself hardly known: p takes that into
+account, a multiple of the error does not.
 
 A RUN is a folder, or a file of predictions that `keep` left of one, see predicted.py: both say the same.
 """
@@ -83,8 +83,8 @@ def compare(
         over_seeds: average runs whose configurations differ by the seed alone, and pair them by it.
         keep: the folder that is to hold the predictions of each run that is scored, NAME.safetensors.
 
-    Raises: RunError, before anything is scored, unless all runs have checkpoints and were made for the same images; or
-        where a group has two runs of one seed.
+    Raises: RunError, before anything is scored, unless all runs have checkpoints, keys that say the same of the images,
+        and seeds of their own in a group; then where the images prove to be others.
     """
     files = {run: read(run) for run in runs if run.is_file()}
     configs = {run: files[run].config if run in files else RunFolder(run).read_config() for run in runs}
