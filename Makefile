@@ -10,7 +10,7 @@ train: $(READY)  ## two peers on handwritten digits, from nothing to a result
 	$(BIN)/cutnmix train quickstart resume=auto
 
 test: $(READY)  ## all tests that need no GPU
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 3 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)  ## lint, format, types
 	mkdir -p build/types/cutnmix

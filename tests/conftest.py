@@ -27,7 +27,7 @@ def cifar_root() -> Path:
     return Path(root)
 
 
-# The files that take longest, the longest first: `make test` gives its two processes one file after another in this
+# The files that take longest, the longest first: `make test` gives its processes one file after another in this
 # order, and the last should be short, lest one works at the end while the other waits.
 LONGEST = ["test_mesh", "test_cuda_step", "test_recipes", "test_reproduce", "test_cli", "test_training", "test_resume"]
 

@@ -30,7 +30,8 @@ def tiny(num_classes: int, width: int = D) -> Network:
 def small(num_classes: int) -> Network:
     """A ResNet-8 on images of half the side: batch norms, shortcuts and strides as the large ones have them.
 
-    Of their widths too, multiples of 16: with 4 channels a step ended in a segmentation fault of oneDNN under AVX2.
+    Of their widths too: a strided 1x1 convolution of 4 channels, channels_last, writes where it must not on a CPU with
+    AVX2 (oneDNN#6035: of fewer channels than a vector holds).
     """
     net = resnet(basic, [1, 1, 1], num_classes, 3)
     return Network(nn.Sequential(nn.AvgPool2d(2), net.trunk), net.branch, net.trunk_dim)

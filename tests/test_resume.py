@@ -16,7 +16,7 @@ from cutnmix.trainer.folder import RunFolder
 TINY = [
     *SMALL_NETWORK,
     "data.images_per_class=16",
-    "epochs=6",  # of 7 steps: enough for a signal to come before the end, however fast they are
+    "epochs=10",  # of 7 steps: enough for a signal to come before the end, however fast they are
     "batch_size=24",
     "distort.cutout=6",
     "log_every=2",
@@ -114,7 +114,7 @@ def test_the_quickstart_itself_killed_at_random_moments_ends_the_same(uninterrup
 @pytest.mark.slow
 def test_sigterm_saves_and_exits_with_75_and_the_next_start_goes_on(uninterrupted, tmp_path):
     folder = tmp_path / "run"
-    process = start(folder, "checkpoint.every_steps=null", "checkpoint.every_epochs=6")  # nothing but the signal saves
+    process = start(folder, "checkpoint.every_steps=null", "checkpoint.every_epochs=10")  # nothing but the signal saves
     wait_for_step(process, folder, 4)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 75
