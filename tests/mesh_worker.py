@@ -33,7 +33,7 @@ COMMON = [
     "loader=resident",
     "mix.groups=2",
     "mesh.sync_batch_norm=true",
-    "mesh.timeout_s=60",
+    "mesh.timeout_s=600",
 ]
 MODES = {
     "baseline": ["method=baseline"],

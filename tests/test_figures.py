@@ -214,5 +214,5 @@ def test_pyplot_is_never_imported_and_no_backend_is_needed(tmp_path):
         assert "matplotlib.pyplot" not in sys.modules
     """
     program = "\n".join(line.strip() for line in code.splitlines())
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=600)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["batch.png", "curves.png"]

@@ -460,7 +460,7 @@ def in_chromium(page_path: Path, width: int, table: str, head: str) -> tuple[dic
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=1400,1000"]
     place = f"--user-data-dir={page_path.parent / f'chromium{width}'}"
     command = [CHROMIUM, *flags, place, "--virtual-time-budget=2000", "--dump-dom", frame.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     found = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout)
     assert found, done.stderr[-2000:]
     return json.loads(found[1]), [line for line in done.stderr.splitlines() if "CONSOLE" in line]

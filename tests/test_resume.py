@@ -42,7 +42,7 @@ def steps_on_record(folder: Path) -> int:
 
 
 def wait_for_step(process: Started, folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while process.poll() is None and steps_on_record(folder) < step and time.monotonic() < deadline:
         time.sleep(0.01)
 
