@@ -114,10 +114,10 @@ def compared(lines: list[Line]) -> str:
         return f"{value:.2f} ({difference:+.2f}{spread})"
 
     first, *_ = runs.values()
-    labels = {row.name: row.label for grid in reversed(LABELLED) for row in load_grid(grid).rows}
-    known = [row.name for grid in LABELLED for row in load_grid(grid).rows]
+    known = [row for grid in LABELLED for row in load_grid(grid).rows]
+    labels = {row.name: row.label for row in reversed(known)}
     found = [run.row for run in runs.values()]
-    rows = [row for row in dict.fromkeys([first.row, *known, *found]) if row in found]
+    rows = [row for row in dict.fromkeys([first.row, *(row.name for row in known), *found]) if row in found]
     seeds = sorted({run.seed for run in runs.values()})
     table = [[labels.get(row, f"`{row}`"), *(shown(_Run(cell, row, seed)) for seed in seeds)] for row in rows]
     on, count = images

@@ -6,8 +6,10 @@ They leave without Python's end (os._exit): what that could do to an exit code i
 
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
@@ -46,6 +48,14 @@ class Started:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
+
+
+def wait_until(done: Callable[[], object], process: Started | subprocess.Popen) -> None:
+    """Until `done`, or the end of the process. The deadline is far beyond what busy cores take."""
+    deadline = time.monotonic() + 600
+    while process.poll() is None and not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def _cutnmix(arguments: list[str], log: Path) -> None:

@@ -17,9 +17,8 @@ from cutnmix.trainer.step import Tally
 
 @pytest.mark.slow
 def test_quickstart_learns_to_read_digits(tmp_path):
-    """In as many steps of half the images: the whole recipe, whose figure the README states, takes minutes."""
-    result = train(load_config("quickstart", ["epochs=6", "batch_size=32", f"runs={tmp_path}"]))
-    assert result["headline"]["top1"] > 90  # 97.9 on one CPU; others round differently
+    result = train(load_config("quickstart", [f"runs={tmp_path}"]))
+    assert result["headline"]["top1"] > 95  # the README states the figure; other CPUs round differently
 
 
 @pytest.mark.cifar

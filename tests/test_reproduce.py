@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import Started
+from processes import Started, wait_until
 from rich.console import Console
 from test_resume import assert_same, comparable_records, final_state, steps_on_record
 from torch.utils.flop_counter import FlopCounterMode
@@ -429,13 +429,6 @@ def start_grid_on_ray(path: Path, out: Path) -> subprocess.Popen:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
     with (path.parent / "log").open("a") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
-
-
-def wait_until(condition, process: Started | subprocess.Popen) -> None:
-    deadline = time.monotonic() + 600  # far beyond what busy cores take
-    while process.poll() is None and not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def is_free(folder: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from processes import SMALL_NETWORK, Started
+from processes import SMALL_NETWORK, Started, wait_until
 
 from cutnmix.trainer.folder import RunFolder
 
@@ -29,10 +29,10 @@ RESNET20 = ["peers.network=resnet20"]
 def start(folder: Path, *overrides: str, log: str = "log") -> Started:
     """A training in `folder`, of the small network where the overrides name no other; its output goes to FOLDER.log."""
     place = [f"runs={folder.parent}", f"name={folder.name}"]
-    return Started(["train", "quickstart", *TINY, *place, *overrides], log_of(folder, log))
+    return Started(["train", "quickstart", *TINY, *place, *overrides], log_path(folder, log))
 
 
-def log_of(folder: Path, log: str = "log") -> Path:
+def log_path(folder: Path, log: str = "log") -> Path:
     return folder.with_name(f"{folder.name}.{log}")
 
 
@@ -42,9 +42,7 @@ def steps_on_record(folder: Path) -> int:
 
 
 def wait_for_step(process: Started, folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 600
-    while process.poll() is None and steps_on_record(folder) < step and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: steps_on_record(folder) >= step, process)
 
 
 def final_state(folder: Path) -> dict:
@@ -76,14 +74,14 @@ def comparable_records(folder: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("straight") / "run"
-    assert start(folder).wait() == 0, log_of(folder).read_text()
+    assert start(folder).wait() == 0, log_path(folder).read_text()
     return folder
 
 
 @pytest.fixture(scope="module")
 def uninterrupted_resnet20(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("straight") / "run"
-    assert start(folder, *RESNET20).wait() == 0, log_of(folder).read_text()
+    assert start(folder, *RESNET20).wait() == 0, log_path(folder).read_text()
     return folder
 
 
@@ -96,7 +94,7 @@ def check_killed_at_random_moments(folder: Path, straight: Path, seed: str, *ove
         time.sleep(rng.random() * 0.1)  # anywhere within a step, an evaluation or a save
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert start(folder, *overrides).wait() == 0, log_of(folder).read_text()
+    assert start(folder, *overrides).wait() == 0, log_path(folder).read_text()
     assert_same(final_state(folder), final_state(straight))
     assert comparable_records(folder) == comparable_records(straight)
 
@@ -134,7 +132,7 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
     wait_for_step(first, folder, 1)
     second = start(folder, "epochs=1000", log="second.log")
     assert second.wait() == 2
-    assert log_of(folder, "second.log").read_text() == f"error: {folder} is in use by another process\n"
+    assert log_path(folder, "second.log").read_text() == f"error: {folder} is in use by another process\n"
     assert first.poll() is None
     first.kill()
     assert first.wait() == -signal.SIGKILL
@@ -148,7 +146,7 @@ def test_a_finished_run_started_again_changes_nothing(uninterrupted):
 
 def test_other_keys_are_refused_and_named(uninterrupted):
     assert start(uninterrupted, "optimizer.lr=0.1", log="other.log").wait() == 2
-    assert "optimizer.lr (was 0.05, now 0.1)" in log_of(uninterrupted, "other.log").read_text()
+    assert "optimizer.lr (was 0.05, now 0.1)" in log_path(uninterrupted, "other.log").read_text()
 
 
 def test_the_resolved_configuration_is_on_record(uninterrupted):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import tasks
-from test_resume import assert_same, comparable_records, final_state, log_of, start, steps_on_record, wait_for_step
+from test_resume import assert_same, comparable_records, final_state, log_path, start, steps_on_record, wait_for_step
 
 from cutnmix.models import NETWORKS
 from cutnmix.trainer.cli import main
@@ -83,7 +83,7 @@ def straight(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
     for name, more in STATEFUL:
         run = folder / name
-        assert start(run, *keys(name), *more, "loader=resident").wait() == 0, log_of(run).read_text()
+        assert start(run, *keys(name), *more, "loader=resident").wait() == 0, log_path(run).read_text()
     return folder
 
 
@@ -98,6 +98,6 @@ def test_a_method_with_memory_killed_at_a_random_moment_ends_the_same(name, more
     time.sleep(rng.random() * 0.1)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert start(broken, *overrides).wait() == 0, log_of(broken).read_text()
+    assert start(broken, *overrides).wait() == 0, log_path(broken).read_text()
     assert_same(final_state(broken), final_state(straight))
     assert comparable_records(broken) == comparable_records(straight)

@@ -29,7 +29,7 @@ from safetensors.torch import save
 
 from cutnmix.pipeline.datasets import TestImages
 from cutnmix.trainer.config import Config, dump_config, parse_config
-from cutnmix.trainer.folder import RunError, RunFolder, write_atomically
+from cutnmix.trainer.folder import RunError, write_atomically
 from cutnmix.trainer.metrics import is_peer, predict
 from cutnmix.trainer.run import trained
 
@@ -77,10 +77,10 @@ def predict_run(run: Path, *, best: bool = False, test: TestImages = "test") -> 
             labels.append(label_B)
             for name, log_prob_BK in log_probs.items():
                 found.setdefault(name, []).append(log_prob_BK.argmax(-1))
-        images = parts.splits.test
+        config, images = parts.config, parts.splits.test
     return Predicted(
         name_of(run),
-        RunFolder(run).read_config(),
+        config,
         "best" if best else "last",
         epochs,
         test,
