@@ -8,6 +8,7 @@ import difflib
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from hashlib import blake2b
 from http.client import HTTPException
 from itertools import compress
@@ -151,6 +152,7 @@ def cifar100(root: Path | None, download: bool = True) -> Splits:
     return _cifar("cifar100", CIFAR100, root, download, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
 
+@cache  # half a second each time, and a grid or a test asks often
 def digits(root: Path | None = None, download: bool = True) -> Splits:
     """scikit-learn's 1,797 handwritten digits, 8x8 scaled up to 32x32 RGB; both arguments are unused: it is built in.
 

@@ -1,4 +1,4 @@
-"""What the children that processes.py starts need not import again. It must start no thread: a fork would lose it.
+"""What the children that processes.py starts need not import or read again. It must start no thread: a fork loses it.
 
 An import that fails here is silent and costs time only: the children make up for it.
 """
@@ -10,6 +10,9 @@ import torchmetrics.classification  # noqa: F401
 import cutnmix.trainer.cli
 import cutnmix.trainer.figures
 import cutnmix.trainer.run
+from cutnmix.pipeline import load_splits
+
+load_splits("digits")  # read once
 
 try:
     import cutnmix.pipeline.dali  # noqa: F401

@@ -1,6 +1,6 @@
 """Lower functions of fake CUDA tensors to Triton and compile every kernel to cubin, with no GPU and no driver.
 
-`lowered` takes a forward function; `lowered_training` a function whose scalars are to be trained, through Dynamo,
+`lowered` takes a forward function; `joint_graph` and `lower_joint` one whose scalars are to be trained, through Dynamo,
 AOTAutograd, Inductor's partitioner and Inductor, as torch.compile takes it. Patches internals of torch 2.14, and says
 where it pretends:
 
@@ -150,11 +150,6 @@ class Training(NamedTuple):
 
     forward: str
     backward: str
-
-
-def lowered_training(function: Callable[..., Any], arguments: tuple, arch: int = 90, **config: Any) -> Training:
-    """Inductor's code for a GPU of a function of CPU tensors, and of its backward pass."""
-    return lower_joint(joint_graph(function, arguments), arch, **config)
 
 
 class Joint(NamedTuple):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from lowering import (
     Joint,
+    Training,
     joint_graph,
     kernels,
     launches,
@@ -217,21 +218,21 @@ def method_graph(name: str, J: int, folder: Path) -> Joint:
     return joint_graph(losses, (logits_JBK, *features))
 
 
-@pytest.fixture(scope="module")
-def resnet32() -> Joint:
-    return network_graph(build_network("resnet32", 100))
-
-
-def small() -> nn.Module:
+def small(num_classes: int = 100) -> nn.Module:
     """A ResNet-8: each kind of block once."""
-    return resnet(basic, [1, 1, 1], 100, 3)
+    return resnet(basic, [1, 1, 1], num_classes, 3)
+
+
+@pytest.fixture(scope="module")
+def resnet8() -> Training:
+    return lower_joint(network_graph(small()), 80)
 
 
 @lowers
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "depth"), [(80, 8), (90, 32)])
-def test_a_peers_kernels_compile_and_none_changes_a_layout(arch, depth, resnet32, tmp_path):
-    made = lower_joint(resnet32 if depth == 32 else network_graph(small()), arch)
+def test_a_peers_kernels_compile_and_none_changes_a_layout(arch, depth, resnet8, tmp_path):
+    made = resnet8 if depth == 8 else lower_joint(network_graph(build_network("resnet32", 100)), arch)
     convolutions = depth + 1  # two shortcuts have one too, and the head is none
     for source in made:
         assert all("cubin" in assembly for assembly in kernels(source, tmp_path, arch))
@@ -257,7 +258,8 @@ def test_lowering_times_nothing_on_a_gpu_whatever_was_compiled_before():
 @pytest.mark.slow
 def test_the_count_of_layout_changes_would_see_one():
     """NCHW networks, where Inductor is made to optimise layouts: it copies before and after convolutions."""
-    graph = network_graph(small(), torch.contiguous_format, batch=32)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3))
+    graph = network_graph(net, torch.contiguous_format, batch=32)
     forced, left = (lower_joint(graph, force_layout_optimization=force) for force in (True, False))
     assert transposes(forced.forward) > 0 and transposes(forced.backward) > 0
     assert [*map(transposes, left)] == [0, 0]
@@ -266,12 +268,11 @@ def test_the_count_of_layout_changes_would_see_one():
 
 @lowers
 @pytest.mark.slow
-def test_channels_last_networks_need_no_layout_optimisation_of_inductor():
+def test_channels_last_networks_need_no_layout_optimisation_of_inductor(resnet8):
     """Inductor 2.14 leaves it out in backward graphs (pytorch#189239): a loss to networks in NCHW, none to ours."""
-    graph = network_graph(small(), batch=32)
-    forced, left = (lower_joint(graph, force_layout_optimization=force) for force in (True, False))
-    assert [*map(launches, forced)] == [*map(launches, left)] and [*map(maps, forced)] == [*map(maps, left)]
-    assert [*map(transposes, left)] == [0, 0]
+    forced = lower_joint(network_graph(small()), 80, force_layout_optimization=True)
+    assert [*map(launches, forced)] == [*map(launches, resnet8)] and [*map(maps, forced)] == [*map(maps, resnet8)]
+    assert [*map(transposes, resnet8)] == [0, 0]
 
 
 @lowers
@@ -289,19 +290,18 @@ def test_a_methods_kernels_compile_and_hardly_grow_in_number_with_peers(tmp_path
 
 @lowers
 @pytest.mark.slow
-def test_a_whole_step_of_two_peers_in_one_graph(tmp_path, monkeypatch):
+def test_a_whole_step_of_two_peers_in_one_graph(resnet8, tmp_path, monkeypatch):
     """`compile: step`: mix, two ResNet-8, all losses, and the backward pass. No more launches than peer by peer."""
-    peer = lower_joint(network_graph(small()))
-    monkeypatch.setitem(NETWORKS, "resnet8", lambda num_classes: small())
+    monkeypatch.setitem(NETWORKS, "resnet8", small)
     step, learner, views, draws = host_step("cutnmix", 2, "resnet8", 128, 100, tmp_path)
 
     def forward(views: Views, draws: Draws) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         batch, outputs, losses = step.forward(learner, views, draws)
         return losses, outputs.logits_JBK.detach(), batch.target_LBK
 
-    made = lower_joint(joint_graph(forward, (views, draws)))
+    made = lower_joint(joint_graph(forward, (views, draws)), 80)
     for source in made:
-        assert all("cubin" in assembly for assembly in kernels(source, tmp_path))
+        assert all("cubin" in assembly for assembly in kernels(source, tmp_path, 80))
         assert transposes(source) == 0
         maps_of_images = [
             strides for shape, strides in maps(source) if shape[0] == 128
@@ -309,8 +309,8 @@ def test_a_whole_step_of_two_peers_in_one_graph(tmp_path, monkeypatch):
         assert maps_of_images and all(strides[1] == 1 for strides in maps_of_images)
     assert library_calls(made.forward).count("convolution") == 2 * 9
     assert library_calls(made.backward).count("convolution_backward") == 2 * 9
-    assert launches(made.forward) <= 2 * launches(peer.forward) + 25
-    assert launches(made.backward) <= 2 * launches(peer.backward) + 15
+    assert launches(made.forward) <= 2 * launches(resnet8.forward) + 25
+    assert launches(made.backward) <= 2 * launches(resnet8.backward) + 15
 
 
 # Bytes

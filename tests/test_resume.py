@@ -23,7 +23,7 @@ TINY = [
     "checkpoint.every_steps=2",
     "resume=auto",
 ]
-RESNET20 = ["peers.network=resnet20"]
+RESNET20 = ["peers.network=resnet20", "epochs=4"]  # its steps are longer
 
 
 def start(folder: Path, *overrides: str, log: str = "log") -> Started:
