@@ -8,7 +8,7 @@ import torch._dynamo  # noqa: F401 (an optimizer imports it)
 import torchmetrics.classification  # noqa: F401
 
 import cutnmix.trainer.cli
-import cutnmix.trainer.figures
+import cutnmix.trainer.picture
 import cutnmix.trainer.run
 from cutnmix.pipeline import load_splits
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cutnmix.models import NETWORKS, build_network
 from cutnmix.models.peers import Peers
 from cutnmix.pipeline.datasets import DATASETS
-from cutnmix.trainer import checkpoint, cli, figures, run
+from cutnmix.trainer import checkpoint, cli, figures, picture, run
 from cutnmix.trainer.config import ConfigError, load_config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunError, RunFolder
@@ -395,7 +395,7 @@ OWN_SCORES["pcl"] = {"teacher", "mean_teacher0", "mean_teacher1"}
 def quick(monkeypatch):
     """A tiny network and no pictures."""
     monkeypatch.setitem(NETWORKS, "tiny", tasks.tiny)
-    monkeypatch.setattr(figures, "draw_batch", lambda *_, **__: None)
+    monkeypatch.setattr(picture, "draw_batch", lambda *_, **__: None)
     monkeypatch.setattr(figures, "draw_curves", lambda *_: None)
 
 

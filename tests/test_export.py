@@ -23,7 +23,7 @@ from cutnmix.models import NETWORKS, build_network
 from cutnmix.models.network import Branch, Network
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.datasets import DataError, load_splits
-from cutnmix.trainer import checkpoint, cli, figures, run
+from cutnmix.trainer import checkpoint, cli, figures, picture, run
 from cutnmix.trainer import export as exporter
 from cutnmix.trainer.build import build
 from cutnmix.trainer.config import load_config
@@ -84,7 +84,7 @@ def trained(tmp_path_factory) -> Callable[[str], RunFolder]:
 
     def folder(name: str) -> RunFolder:
         if not (runs / name).exists():
-            with patch.object(figures, "draw_batch", lambda *_, **__: None), patch.object(figures, "draw_curves"):
+            with patch.object(picture, "draw_batch", lambda *_, **__: None), patch.object(figures, "draw_curves"):
                 run.train(load_config("quickstart", [*SIZE, *RUNS[name], f"runs={runs}", f"name={name}"]))
         return RunFolder(runs / name)
 
@@ -277,7 +277,7 @@ def test_a_finished_run_of_files_is_exported_without_them(tmp_path):
     keys = ["data=folder", f"data.root={data}", "distort.image_size=36", "peers.network=tiny", "epochs=1"]
     keys += ["batch_size=4", "device=cpu", "precision=fp32", f"runs={tmp_path}", "name=run"]
     folder = RunFolder(tmp_path / "run")
-    with patch.object(figures, "draw_batch", lambda *_, **__: None), patch.object(figures, "draw_curves"):
+    with patch.object(picture, "draw_batch", lambda *_, **__: None), patch.object(figures, "draw_curves"):
         run.train(load_config("paper", keys))
     at_the_end = read(folder.peers / "peer0.safetensors")[1]
     shutil.rmtree(data)

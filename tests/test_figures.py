@@ -16,7 +16,8 @@ from cutnmix.pipeline.batch import Batch, Views
 from cutnmix.pipeline.mix import MixBatch
 from cutnmix.pipeline.plan import Distort, Draws, Mix, make_plan
 from cutnmix.trainer import figures
-from cutnmix.trainer.figures import draw_batch, draw_curves
+from cutnmix.trainer.figures import draw_curves
+from cutnmix.trainer.picture import draw_batch
 
 CLASSES = ("owl", "$cat_{dog", "a class whose name is far too long for its column", "\u732b")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)

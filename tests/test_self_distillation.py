@@ -19,7 +19,7 @@ from cutnmix.models.network import Branch, Network
 from cutnmix.models.peers import Outputs, Peers, build_peer
 from cutnmix.models.saved import Frozen, load_network
 from cutnmix.pipeline.batch import Batch
-from cutnmix.trainer import figures, run
+from cutnmix.trainer import figures, picture, run
 from cutnmix.trainer.config import ConfigError, load_config
 from cutnmix.trainer.folder import RunFolder
 from cutnmix.trainer.methods import METHODS
@@ -515,7 +515,7 @@ def test_what_is_asked_of_loader_and_peers(name):
 
 def test_a_run_learns_from_a_finished_one_and_scores_its_teacher(tmp_path, monkeypatch):
     """The teacher scores in the second run exactly what it scored at the end of its own."""
-    monkeypatch.setattr(figures, "draw_batch", lambda *_, **__: None)
+    monkeypatch.setattr(picture, "draw_batch", lambda *_, **__: None)
     monkeypatch.setattr(figures, "draw_curves", lambda *_: None)
     size = ["data.classes=3", "data.images_per_class=7", "batch_size=8", "peers.network=normed", "epochs=1"]
     common = [*size, "precision=fp32", "device=cpu", "loader=resident", f"runs={tmp_path}"]

@@ -1,4 +1,4 @@
-"""Two pictures of a run: its curves, and one batch from which CutnMix can be understood at a glance.
+"""A run's curves, and what all figures have in common: colours, labels at the ends of lines, how a file is written.
 
 matplotlib's objects only, never pyplot: no global state changes and no display is needed. A file appears whole or not
 at all. Colours are those of Okabe and Ito (2008), which colour-blind readers tell apart; one thing has one colour.
@@ -6,24 +6,15 @@ at all. Colours are those of Okabe and Ito (2008), which colour-blind readers te
 
 import os
 import warnings
-from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator
-from torch import Tensor
-
-from cutnmix.pipeline.batch import Batch, Views
-from cutnmix.pipeline.plan import Draws
 
 Style = dict[str, Any]
 Curve = tuple[str, np.ndarray, np.ndarray, Style]  # label ("" for none), x, y, style
@@ -44,8 +35,6 @@ SCORE_STYLES: dict[str, Style] = {
     "mean": {"color": INK, "linewidth": 2.6},
 }
 MAX_PEERS = 4  # drawn as pictures, or labelled one by one
-MARGIN, GAP = 1.45, 0.16  # inches, in the picture of a batch
-CELL = (15 - MARGIN) / 7 - GAP  # so that a mask and 6 images make 15 inches
 
 
 def draw_curves(records: list[dict], path: Path, title: str) -> None:
@@ -82,7 +71,7 @@ def draw_curves(records: list[dict], path: Path, title: str) -> None:
     _panel(nll, _scores(test, "nll", "{:#.4g}"), "Test negative log-likelihood", "NLL (nats)")
     lr.set_xlabel("epoch")
     nll.set_xlabel("epoch")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _scores(test: list[dict], key: str, form: str) -> list[Curve]:
@@ -176,117 +165,7 @@ def label_ends(axes: Axes, curves: list[Curve]) -> None:
         axes.text(1.065, y, label, va="center", fontsize=10, transform=axes.transAxes, parse_math=False)
 
 
-def draw_batch(
-    views: Views,
-    batch: Batch,
-    draws: Draws,
-    *,
-    classes: Sequence[str],
-    mean: Sequence[float],
-    std: Sequence[float],
-    path: Path,
-    num_images: int = 6,
-) -> None:
-    """The first images of a batch as a PNG: a column an image, with its view and its partner's view above their mix.
-
-    Args:
-        views, batch: before and after the mix, on any device. Peers 0 to 3 are drawn.
-        draws: what the mix executed; where it has no partners, only the views are drawn. Second views are not.
-        classes: K names.
-        mean, std: per channel, of pixels scaled to [0, 1], as the batch was normalised.
-        path: of the file.
-        num_images: columns, at most the batch's size.
-    """
-    boxes, partner_B, lam_L = (
-        [] if draw is None else draw.tolist() for draw in (draws.box_M4, draws.partner_B, draws.lam_L)
-    )
-    mixes, num_peers, num_shown = bool(partner_B), len(batch.image_VBCHW), min(num_images, len(batch.label_B))
-    mean_C11, std_C11 = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
-    needed = [*range(num_shown), *partner_B[:num_shown]]  # image i and, num_shown further on, its partner
-    view_VBCHW = views.image_VBCHW[:MAX_PEERS, needed].cpu().float() / 255
-    if views.hole_VBHW is not None:
-        view_VBCHW = torch.where(views.hole_VBHW[:MAX_PEERS, needed, None].cpu(), mean_C11, view_VBCHW)
-    mixed_VBCHW = batch.image_VBCHW[:MAX_PEERS, :num_shown].cpu().float() * std_C11 + mean_C11
-    target_LBK, label_B = batch.target_LBK[:MAX_PEERS, :num_shown].cpu(), views.label_B[:num_shown].tolist()
-    height, width = view_VBCHW.shape[-2:]
-
-    # A canvas in inches, y downwards; `top` is where the next row begins, and at last the canvas's height.
-    own, side = (BLUE, (CELL - GAP / 2) / 2) if mixes else (INK, CELL)
-    left = [MARGIN + (CELL + GAP) * (i + mixes) for i in range(num_shown)]
-    figure = Figure((max(9, left[-1] + CELL + GAP), 1), dpi=100)
-    canvas = figure.add_axes((0, 0, 1, 1))
-    canvas.set_axis_off()
-
-    def write(x: float, y: float, text: str, color: str = INK, **style: Any) -> None:
-        canvas.text(x, y, text, color=color, parse_math=False, **{"fontsize": 10, "va": "center"} | style)
-
-    def show(image_CHW: Tensor, x: float, side: float, color: str, box: list[int] | None = None) -> None:
-        pixels = image_CHW.clamp(0, 1).permute(1, 2, 0).expand(-1, -1, 3).numpy()
-        shape = side, side * height / width
-        canvas.imshow(pixels, extent=(x, x + shape[0], top + shape[1], top), aspect="auto", interpolation="nearest")
-        canvas.add_patch(Rectangle((x, top), *shape, fill=False, color=color, linewidth=1.5))
-        if box and box[0] < box[2] and box[1] < box[3]:
-            x0, y0, x1, y1 = (side / width * pixel for pixel in box)
-            cut = Rectangle((x + x0, top + y0), x1 - x0, y1 - y0, fill=False, color=VERMILLION, linewidth=2)
-            cut.set_path_effects([withStroke(linewidth=4, foreground="white")])
-            canvas.add_patch(cut)
-
-    title = "One training batch, " + ("mixed with lam = " if mixes else "not mixed")
-    title += ", ".join(f"{lam:.2f}" for lam in lam_L[:MAX_PEERS])
-    write(GAP, 0.3, title, fontsize=15, weight="bold")
-    blend = "image: lam x the view + (1 - lam) x its partner's view"
-    notes = ["image: the view, with its partner's pixels inside the box" if boxes else blend] * mixes
-    notes += ["target: lam x the view's label + (1 - lam) x its partner's label"] * mixes
-    notes += [f"peers 0 to {MAX_PEERS - 1} of {num_peers}"] * (num_peers > MAX_PEERS)
-    for n, note in enumerate(notes):
-        write(GAP, 0.6 + 0.2 * n, note)
-    top = 0.6 + 0.2 * len(notes)
-    for j, mixed_BCHW in enumerate(mixed_VBCHW):
-        box = boxes[j % len(boxes)] if boxes else [0, 0, 0, 0]
-        if j < len(view_VBCHW):
-            middle = top + side * height / width / 2 - 0.11 * mixes
-            write(
-                left[0] - GAP, middle, f"peer {j}: view" if len(view_VBCHW) > 1 else "all peers: view", own, ha="right"
-            )
-            if mixes:
-                write(left[0] - GAP, middle + 0.22, "its partner's view", VERMILLION, ha="right")
-            for i, x in enumerate(left):
-                show(view_VBCHW[j, i], x, side, own)
-                if mixes:
-                    show(view_VBCHW[j, num_shown + i], x + CELL - side, side, VERMILLION, box)
-            top += side * height / width + GAP / 2
-        if mixes:
-            middle, kept = top + CELL * height / width / 2, 1 - (box[2] - box[0]) * (box[3] - box[1]) / (width * height)
-            write(MARGIN - GAP, middle - 0.11, f"peer {j}: mixed" if num_peers > 1 else "all peers: mixed", ha="right")
-            if boxes:
-                write(MARGIN - GAP, middle + 0.11, f"mask: {kept:.0%} kept", ha="right")
-            mask_3HW = torch.tensor(to_rgb(BLUE))[:, None, None].repeat(1, height, width)
-            mask_3HW[:, box[1] : box[3], box[0] : box[2]] = torch.tensor(to_rgb(VERMILLION))[:, None, None]
-            if boxes:
-                show(mask_3HW, MARGIN, CELL, INK)
-            for image_CHW, x in zip(mixed_BCHW, left, strict=True):
-                show(image_CHW, x, CELL, INK, box)
-            top += CELL * height / width
-        if j == len(mixed_VBCHW) - 1 or j < len(target_LBK) - 1:
-            for x, label, target_K in zip(left, label_B, target_LBK[min(j, len(target_LBK) - 1)], strict=False):
-                weights = {label: target_K[label].item()} | dict(enumerate(target_K.tolist()))
-                parts = [(k, weight) for k, weight in weights.items() if weight > 0][:2]
-                for n, (k, weight) in enumerate(parts):
-                    text = f"{'+ ' * (n > 0)}{weight:.2f} {classes[k]}"
-                    write(
-                        x,
-                        top + 0.15 + 0.2 * n,
-                        text if len(text) <= 22 else text[:18] + "...",
-                        own if k == label else VERMILLION,
-                    )
-            top += 0.45
-        top += GAP
-    figure.set_figheight(top)
-    canvas.set(xlim=(0, figure.get_figwidth()), ylim=(top, 0))
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """PNG, whole or not at all: what another process reads meanwhile is the old file."""
     whole = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -232,7 +232,7 @@ class _Run:
             raise Stopped(signum, self.folder.path)
 
     def _draw(self, views: Views, draws: Draws) -> None:
-        from cutnmix.trainer.figures import draw_batch  # here, because matplotlib takes a second: only the first draws
+        from cutnmix.trainer.picture import draw_batch  # here, because matplotlib takes a second: only the first draws
 
         batch, train = self.parts.step.mix(views, draws), self.parts.splits.train
         draw_batch(views, batch, draws, classes=train.classes, mean=train.mean, std=train.std, path=self.folder.batch)
