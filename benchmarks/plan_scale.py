@@ -223,13 +223,7 @@ def plan_scale(
     if method not in scale.METHODS:
         raise ConfigError(f"--method: {method!r} is not planned for; choose one of {', '.join(scale.METHODS)}")
     if check:
-        sources = {name: context.get_parameter_source(name) for name in context.params if name not in _CHECK_TAKES}
-        # By name: typer has a ParameterSource of its own, in a private module.
-        if unused := [name for name, source in sources.items() if source and source.name != "DEFAULT"]:
-            options = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
-            raise ConfigError(
-                f"--check: leave out {options}: it measures here, on handwritten digits and CPU processes"
-            )
+        _refuse_what_a_check_ignores(context)
         from cutnmix.benchmarks import scale_check  # it needs torch.distributed
 
         scale_check.run(
@@ -279,6 +273,14 @@ def plan_scale(
             f"--memory-gb: no mesh fits; the least that one needs is "
             f"{min(each.memory_bytes for each in predictions) / GB:.3g} GB a device"
         )
+
+
+def _refuse_what_a_check_ignores(context: typer.Context) -> None:
+    sources = {name: context.get_parameter_source(name) for name in context.params if name not in _CHECK_TAKES}
+    # By name: typer has a ParameterSource of its own, in a private module.
+    if unused := [name for name, source in sources.items() if source and source.name != "DEFAULT"]:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise ConfigError(f"--check: leave out {options}: it measures here, on handwritten digits and CPU processes")
 
 
 def read(path: Path, **asked: Any) -> Measured:

@@ -394,13 +394,7 @@ def make_plan(
 
     partner_N = lam_SL = box_SM4 = None
     if mix.has_partner:
-        # Sorting by (step, group, uniform) is a uniform permutation within every group of every batch at once, those of
-        # the smaller last batch included. The groups are those of part_of.
-        key_N = generator(seed, epoch, Stream.PARTNER).random(count)
-        groups, place_N = mix.groups or 1, np.arange(count) - step_N * batch_size
-        size_N = np.minimum(batch_size, count - step_N * batch_size)
-        group_N = ((place_N + 1) * groups - 1) // size_N
-        partner_N = torch.from_numpy(np.lexsort((key_N, group_N, step_N)) - step_N * batch_size)
+        partner_N = _partners(seed, epoch, count, batch_size, mix.groups or 1)
         box_SM4, lam_SL = _boxes(seed, epoch, steps, mix, num_peers if mix.name == "cutnmix" else 1, width, height)
     return Plan(
         distort=distort,
@@ -418,6 +412,15 @@ def make_plan(
         box_SM4=box_SM4,
         epoch_S=torch.from_numpy(epoch + np.arange(steps) / max(steps, 1)),
     )
+
+
+def _partners(seed: int, epoch: int, count: int, batch_size: int, groups: int) -> Tensor:
+    """Each image's partner, by its place in the batch: a uniform permutation of every group (part_of) of each batch."""
+    place_N, step_N = np.arange(count) % batch_size, np.arange(count) // batch_size
+    size_N = np.minimum(batch_size, count - step_N * batch_size)
+    group_N = ((place_N + 1) * groups - 1) // size_N
+    key_N = generator(seed, epoch, Stream.PARTNER).random(count)
+    return torch.from_numpy(np.lexsort((key_N, group_N, step_N)) - step_N * batch_size)  # all at once
 
 
 def _classmates(seed: int, epoch: int, index_N: np.ndarray, label_N: np.ndarray | None) -> np.ndarray:
