@@ -27,8 +27,7 @@ bench: $(READY)  ## what everything costs on this machine: make bench BENCH="--r
 
 $(READY): setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@# without bytecode of modules that nothing imports, which would take a third of the time
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $(READY)
 
 clean:
