@@ -158,7 +158,9 @@ def test_batch_of_any_views_peers_and_mix(tmp_path, mix, num_views, num_peers):
 @pytest.mark.parametrize("size", [(8, 8), (6, 12), (12, 6)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_batch_of_any_shape_and_dtype(tmp_path, size, dtype):
-    batch_picture(tmp_path / "batch.png", *example(Mix(name="cutnmix"), 2, 2, size, dtype, floats=True, holes=True))
+    parts = example(Mix(name="cutnmix"), 2, 2, size, dtype, floats=True, holes=True)
+    picture = batch_picture(tmp_path / "batch.png", *parts)
+    assert shows(picture, figures.BLUE) and shows(picture, figures.VERMILLION)
 
 
 @pytest.mark.parametrize("num_images, width", [(1, 900), (6, 1500), (50, 1694)])
