@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from mesh_worker import MODES, SAVED, STEPS, Normed, config_of, restored
-from processes import Started, wait_until
+from processes import SMALL_NETWORK, Started, wait_until
 from safetensors.torch import load_file
 from tasks import make_task
 from test_resume import assert_same, comparable_records, log_path, steps_on_record
@@ -249,15 +249,15 @@ def test_alone_nothing_is_computed():
     ("keys", "message"),
     [
         (["mesh.peer=3", "peers.count=4"], "mesh.peer (command line): 4 peers cannot be cut into 3 parts"),
-        (["mesh.data=3"], "mesh.data (command line): batch_size 64 is no multiple of 3"),
+        (["mesh.data=3"], "mesh.data (command line): batch_size 32 is no multiple of 3"),
         (["mesh.data=2", "mix.groups=1"], "mix.groups (command line): 1 is no multiple of mesh.data, 2"),
-        (["mix.groups=64"], "mix.groups (command line): a batch of 64 in 64 part(s)"),
+        (["mix.groups=32"], "mix.groups (command line): a batch of 32 in 32 part(s)"),
         (
-            ["mesh.data=64"],
-            "mesh.data (command line): a batch of 64 in 64 part(s), mix.groups, leaves every",
+            ["mesh.data=32"],
+            "mesh.data (command line): a batch of 32 in 32 part(s), mix.groups, leaves every",
         ),
         (["batch_size=1"], "batch_size (command line): a batch of 1 in 1 part(s)"),
-        (["mix.groups=3"], "mix.groups (command line): batch_size 64 is no multiple of 3"),
+        (["mix.groups=3"], "mix.groups (command line): batch_size 32 is no multiple of 3"),
         (["mesh.peer=2", "peers.form=branches"], "branches share one trunk"),
         (["mesh.peer=2", "method=pcl"], "pcl cannot be split along it: its ensemble"),
         (["mesh.peer=2", "method=okddip", "peers.count=4"], "okddip cannot be split along it"),
@@ -445,13 +445,14 @@ def check_restored(ranks: list[tuple], writers: list[dict]) -> None:
 
 
 TINY = [
+    *SMALL_NETWORK,
     "data.classes=4",
     "data.images_per_class=20",  # five batches of 16
     "loader=resident",
-    "epochs=2",
+    "epochs=4",
     "batch_size=16",
     "log_every=1",
-    "eval_every=2",
+    "eval_every=4",
     "checkpoint.every_steps=2",
     "resume=auto",
     "mesh.timeout_s=60",
@@ -512,7 +513,7 @@ def test_a_killed_process_ends_with_the_weights_of_an_uninterrupted_run(uninterr
     wait_for(lambda: steps_on_record(folder) >= 3, process)
     os.kill(workers(process)[1], signal.SIGKILL)
     assert process.wait() == 0, log_of(folder)
-    assert "going on at epoch 1, step" in log_of(folder)
+    assert re.search(r"going on at epoch [1-4], step", log_of(folder)), log_of(folder)  # of 4: there was something left
     assert_same(final_tensors(folder), final_tensors(uninterrupted))
     assert comparable_records(folder) == comparable_records(uninterrupted)
 
@@ -545,7 +546,7 @@ def test_stopped_on_one_mesh_goes_on_on_another(tmp_path):
     assert re.search(r"exitcode +: 75", log_of(folder)) and "stopped by SIGTERM" in log_of(folder), log_of(folder)
     assert start(folder, 1, 1, *keys).wait() == 0, log_of(folder)
     steps = [record["step"] for record in RunFolder(folder).records() if record["kind"] == "train"]
-    assert steps == list(range(1, 11))
+    assert steps == list(range(1, 21))
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["best.pt", "last.pt"]
 
 
