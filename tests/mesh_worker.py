@@ -71,12 +71,12 @@ def config_of(mode: str, data: int, peer: int, *more: str) -> Config:
 
 def trained(parts: Parts) -> dict:
     """20 steps: the losses of each, the state after them, its scores."""
-    tally, mesh, done, losses, seen = Tally([]), parts.mesh, 0, [], []
+    tally, mesh, losses, seen = Tally([]), parts.mesh, [], []
     accumulate = parts.config.optimizer.accumulate
     for epoch in range(3):
         plan = parts.plan(epoch)
         for s, views in enumerate(parts.loader.epoch(plan)):
-            if done == STEPS:
+            if len(losses) == STEPS:
                 break
             draws = plan.step(s)
             update = (s + 1) % accumulate == 0 or s + 1 == len(plan)
@@ -87,7 +87,6 @@ def trained(parts: Parts) -> dict:
             )  # fmt: skip
             losses.append(tally.read(mesh))
             seen.append((epoch, draws.index_B[: len(draws.index_B) // (1 + plan.second)].clone()))
-            done += 1
     state = {name: tensor.clone() for name, tensor in checkpoint._own_tensors(parts.learner).items()}
     return {"losses": losses, "state": state, "seen": seen, "scores": score(parts)}
 

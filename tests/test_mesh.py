@@ -447,12 +447,12 @@ def check_restored(ranks: list[tuple], writers: list[dict]) -> None:
 TINY = [
     *SMALL_NETWORK,
     "data.classes=4",
-    "data.images_per_class=20",  # five batches of 16
+    "data.images_per_class=40",  # ten batches of 16
     "loader=resident",
-    "epochs=4",
+    "epochs=2",
     "batch_size=16",
     "log_every=1",
-    "eval_every=4",
+    "eval_every=2",
     "checkpoint.every_steps=2",
     "resume=auto",
     "mesh.timeout_s=60",
@@ -513,7 +513,7 @@ def test_a_killed_process_ends_with_the_weights_of_an_uninterrupted_run(uninterr
     wait_for(lambda: steps_on_record(folder) >= 3, process)
     os.kill(workers(process)[1], signal.SIGKILL)
     assert process.wait() == 0, log_of(folder)
-    assert re.search(r"going on at epoch [1-4], step", log_of(folder)), log_of(folder)  # of 4: there was something left
+    assert "going on at epoch 1, step" in log_of(folder)
     assert_same(final_tensors(folder), final_tensors(uninterrupted))
     assert comparable_records(folder) == comparable_records(uninterrupted)
 
