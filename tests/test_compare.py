@@ -199,6 +199,18 @@ def test_two_runs_of_one_name_are_not_kept_in_one_folder(runs, tmp_path):
     assert not (tmp_path / "kept").exists()
 
 
+def test_a_kept_file_of_another_run_is_not_written_over(runs, kept, tmp_path):
+    """It may be the only one that there is."""
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    taken = folder / "alone.safetensors"
+    shutil.copy(kept / "peers.safetensors", taken)
+    before = taken.read_bytes()
+    with pytest.raises(RunError, match=rf"--keep: {taken} is of a run with other keys than {runs['alone']}; keep"):
+        compare([taken, runs["alone"]], keep=folder)
+    assert taken.read_bytes() == before
+
+
 # Over seeds
 
 

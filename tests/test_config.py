@@ -169,6 +169,14 @@ def test_peers_of_one_network_are_counted_and_those_of_a_list_are_listed(tmp_pat
     assert load_config("paper", ["peers.network=[resnet20]", "peers.count=1", "method=baseline"]).peers.count == 1
 
 
+def test_a_list_of_networks_on_the_command_line_is_counted_whatever_the_file_says(tmp_path):
+    path = write(tmp_path, "peers: {network: resnet20, count: 2}")
+    assert load_config(path, ["peers.network=[resnet20, resnet32, resnet20]"]).peers.count == 3
+    assert load_config(path, ["peers={network: [resnet20, resnet32, resnet20]}"]).peers.count == 3
+    keys = ("peers.count=2", "peers.network=[resnet20, resnet32, resnet20]")
+    assert "2 peers, but network lists 3: leave count out" in refusal(path, *keys)
+
+
 def test_a_list_of_networks_in_python_is_counted_as_well():
     assert PeersGroup(network=["resnet20"] * 4).count == 4
     assert Config(peers=PeersGroup(network=["resnet20"] * 4)).num_views == 4
@@ -298,6 +306,7 @@ CASES = {
     "padding of files": ("data: folder\ndistort: {pad: 2}", "distort.pad ", "do nothing", "data.name: folder"),
     "size of arrays": ("distort: {image_size: 64}", "distort.image_size ", "do nothing", "data.name: cifar100"),
     "no form": ("peers: {form: tree}", "peers.form ", "'nets' or 'branches'", "'tree'"),
+    "a seed that the streams of several processes would share": ("seed: 4294967296", "seed ", "less than 4294967296"),
     "no network": ("peers: {network: 3}", "peers.network ", "valid string", "valid list", "got 3"),
     "one of the networks is none": ("peers: {network: [a, 3]}", "peers.network ", "valid string", "got 3"),
     "no networks at all": ("peers: {network: []}", "peers.network ", "at least 1 item", "got []"),
@@ -366,6 +375,8 @@ def test_an_override_that_cannot_be_applied_is_quoted(override, said):
         ("epochs: [", "expected the node content"),
         ("- epochs", "must be a mapping"),
         ("3", "must be a mapping"),
+        ("epochs: 3\ndistort: {flip: 0.0}\ndistort:\n  pad: 2", "line 3: distort stands twice"),
+        ("epochs: 3\ndistort: {flip: 0.0, pad: 2, flip: 0.5}", "line 2: flip stands twice"),
         ("1: 2", "Keys should be strings, got 1"),
         ("\0", "special characters are not allowed"),
     ],

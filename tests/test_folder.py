@@ -1,9 +1,9 @@
 """A run folder belongs to one run and one process, and holds nothing that its checkpoint has not seen."""
 
 import json
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -96,7 +96,7 @@ def test_a_run_with_other_keys_is_refused_with_each_of_them(folder):
     [
         "runs=there",
         "name=other",
-        "data.root=there",
+        "data.root=there",  # of a data set with a name
         "loader=resident",
         "loader.threads=3",
         "loader.prefetch=5",
@@ -108,6 +108,14 @@ def test_a_run_with_other_keys_is_refused_with_each_of_them(folder):
 def test_keys_that_change_no_number_are_free(free, folder):
     folder.begin(config())
     folder.check(config("resume=auto", free))
+
+
+def test_the_place_of_ones_own_images_says_which_they_are(folder):
+    birds, cars = (("data=folder", f"data.root={root}", "distort.image_size=32") for root in ("birds", "cars"))
+    folder.begin(config(*birds))
+    folder.check(config(*birds, "resume=auto"))
+    with pytest.raises(RunError, match=r"data.root \(was 'birds', now 'cars'\)"):
+        folder.check(config(*cars, "resume=auto"))
 
 
 def test_runs_are_the_same_but_for_the_seed_where_no_other_number_changes():
@@ -201,6 +209,18 @@ def test_rewinding_twice_is_rewinding_once(folder):
     assert folder.records() == once
 
 
+def test_a_session_of_which_no_step_is_left_is_dropped(folder):
+    folder.begin(config())
+    sessions = [{"kind": "session", "epoch": step / 10, "step": step} for step in (0, 5, 7)]
+    stopped = {"kind": "stopped", "epoch": 0.7, "step": 7}
+    for record in (sessions[0], train_record(5), sessions[1], stopped, sessions[2]):
+        folder.append(record)
+    folder.rewind(Position(0, 7), 7)
+    assert folder.records() == [sessions[0], train_record(5), sessions[1], stopped]
+    folder.rewind(Position(0, 0), 0)
+    assert folder.records() == []
+
+
 def test_a_line_cut_short_by_a_kill_is_no_record(folder):
     folder.begin(config())
     folder.append(train_record(5))
@@ -228,12 +248,12 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "result.json"
     write_atomically(path, "old")
 
-    def half(self: Path, text: str) -> None:
-        self.write_bytes(text[: len(text) // 2].encode())
+    def full(descriptor: int) -> None:
+        os.ftruncate(descriptor, 7)
         raise OSError("disk full")
 
     with monkeypatch.context() as patch, pytest.raises(RunError, match=f"{path} cannot be written: disk full"):
-        patch.setattr(Path, "write_text", half)
+        patch.setattr(os, "fsync", full)
         write_atomically(path, "new and longer")
     assert path.read_text() == "old"
     write_atomically(path, "new")

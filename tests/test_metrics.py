@@ -133,6 +133,17 @@ def test_certainty_that_is_wrong_is_finite():
     assert scores == pytest.approx({"top1": 0, "top5": 100, "nll": 200, "ece": 100})
 
 
+def test_full_certainty_falls_into_the_last_of_fifteen_bins():
+    """torchmetrics has a sixteenth for it: here half of the last bin is certain and right, half unsure and wrong."""
+    label_N = np.zeros(N, dtype=int)
+    logits_JNK = np.zeros((1, N, 2))
+    logits_JNK[:, ::2, 0] = 200
+    logits_JNK[:, 1::2, 1] = np.log(0.95 / 0.05)
+    right = (N + 1) // 2
+    expected = 100 * abs((right + 0.95 * (N - right)) - right) / N
+    assert evaluated(logits_JNK, label_N)["peer0"]["ece"] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("J", range(2, 17))
 def test_an_ensemble_of_certain_peers_is_certain(J):
     """Rounding puts log(sum of J ones) - log J above 0 for some J, and torchmetrics took such a batch for logits."""

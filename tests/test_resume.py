@@ -66,9 +66,10 @@ def assert_same(one, other) -> None:
 
 
 def comparable_records(folder: Path) -> list[dict]:
-    """Records without what is a timing."""
+    """Records of training and evaluation without what is a timing."""
     timings = {"images_per_s", "hours"}
-    return [{k: v for k, v in record.items() if k not in timings} for record in RunFolder(folder).records()]
+    records = [record for record in RunFolder(folder).records() if record["kind"] in ("train", "test")]
+    return [{k: v for k, v in record.items() if k not in timings} for record in records]
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +121,13 @@ def test_sigterm_saves_and_exits_with_75_and_the_next_start_goes_on(uninterrupte
     assert start(folder).wait() == 0
     assert_same(final_state(folder)["learner"], final_state(uninterrupted)["learner"])
     assert comparable_records(folder) == comparable_records(uninterrupted)
-    hours = [record["hours"] for record in RunFolder(folder).records()]
-    assert 0 < hours[0] and hours == sorted(hours)  # the second session counts on from the first
+    records = RunFolder(folder).records()
+    hours = [record["hours"] for record in records]
+    assert hours == sorted(hours)  # the second session counts on from the first
+    (stopped,) = [record for record in records if record["kind"] == "stopped"]
+    begun = [record for record in records if record["kind"] == "session"]
+    assert stopped["by"] == "SIGTERM" and [record["step"] for record in begun] == [0, stopped["step"]]
+    assert begun[1]["hours"] >= stopped["hours"] > 0
     assert json.loads(RunFolder(folder).result.read_text())["hours"] == hours[-1]
 
 

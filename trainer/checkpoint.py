@@ -108,7 +108,7 @@ def _restore(state: dict[str, Any], learner: Learner, mesh: Mesh) -> tuple[Posit
         found = _named(state["learner"], _of_peers(learner), None)
         for name, target in targets.items():
             target.copy_(found[name])
-        learner.scaler.load_state_dict(state["learner"]["scaler"])
+        learner.load_scaler(state["learner"]["scaler"])
         tally = Tally(**state["tally"])
     else:
         tally = Tally(state["tally"]["names"], None, state["tally"]["steps"])
@@ -120,7 +120,7 @@ def _restore(state: dict[str, Any], learner: Learner, mesh: Mesh) -> tuple[Posit
                 targets[f"rank{mesh.rank}.tally"] = targets.pop("tally")
         targets |= generators if same else {}
         _read(state["path"], targets)
-        learner.scaler.load_state_dict(state["scaler"])
+        learner.load_scaler(state["scaler"])
         if same:
             _set_generators(generators, mesh.rank, device)
             return position, tally, best_top1

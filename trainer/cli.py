@@ -122,7 +122,8 @@ def report(run: Run):
         display.table(f"{run}, epoch {tests[-1]['epoch']}", tests[-1]["scores"])
         display.note(f"best epoch on the test images: {best['epoch']}, mean {best['scores']['mean']['top1']:.2f}")
     else:
-        display.note(f"{run}: no evaluation yet, {len(records)} training records")
+        trained = sum(record["kind"] == "train" for record in records)
+        display.note(f"{run}: no evaluation yet, {trained} training records")
     draw_curves(records, folder.curves, run.name)
     display.note(f"curves: {folder.curves}")
 

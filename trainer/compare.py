@@ -25,7 +25,7 @@ import numpy as np
 
 from cutnmix.pipeline.datasets import TestImages
 from cutnmix.trainer.config import Config
-from cutnmix.trainer.folder import RunError, RunFolder, csv_text, same_but_seed, write_atomically
+from cutnmix.trainer.folder import RunError, RunFolder, csv_text, same, same_but_seed, write_atomically
 from cutnmix.trainer.predicted import Predicted, name_of, predict_run, read, write
 from cutnmix.trainer.run import saved
 
@@ -140,6 +140,8 @@ def _check(
         saved(run, best=best)
         if keep and (other := named.setdefault(name_of(run), run)) != run:
             raise RunError(f"--keep: {other} and {run} would both be {_kept(keep, run)}; keep them in two folders")
+        if keep and (kept := _kept(keep, run)).is_file() and not same(read(kept).config, config):
+            raise RunError(f"--keep: {kept} is of a run with other keys than {run}; keep it in another folder")
 
 
 def _over_seeds(configs: Mapping[Path, Config], names: Mapping[Path, str]) -> list[_Group]:

@@ -120,7 +120,7 @@ class Checkpoint(_Group):
     """When the state is written; always at the end of the run and on SIGTERM."""
 
     every_epochs: Annotated[int, Field(ge=1)] = 1
-    every_steps: Annotated[int, Field(ge=1)] | None = None
+    every_steps: Annotated[int, Field(ge=1)] | None = None  # at the first update so many steps after the last time
     best: bool = True  # keep best.pt too: the best TEST accuracy of the peers' mean, named as such
 
 
@@ -145,7 +145,7 @@ class Config(_Group):
 
     name: str | None = None  # the run's folder under `runs`; None: made from the keys that tell runs apart
     runs: Path = Path("runs")
-    seed: Annotated[int, Field(ge=0)] = 95
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 95
     epochs: Annotated[int, Field(ge=1)] = 240
     batch_size: Annotated[int, Field(ge=1)] = 64
     drop_last: bool = False  # the last batch of an epoch, if it is not full
@@ -234,7 +234,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = _find(source)
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = read_yaml(path.read_text()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(tree, dict):
@@ -243,12 +243,32 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         if isinstance(tree.get(group), str):
             tree[group] = {"name": tree[group]}
     overridden = [_override(tree, text) for text in overrides]
+    peers = tree.get("peers")
+    if isinstance(peers, dict) and isinstance(peers.get("network"), list):
+        if "peers.network" in overridden and "peers.count" not in overridden:
+            peers.pop("count", None)  # the file's, of other networks: a list says how many they are
 
     def origin(key: str) -> str:
         related = any(f"{key}.".startswith(f"{k}.") or k.startswith(f"{key}.") for k in overridden)
         return "command line" if key and related else str(path)
 
     return _validated(tree, origin)
+
+
+def read_yaml(text: str) -> Any:
+    """What a YAML text says. Raises: YAMLError, also for a key that stands twice, of which YAML keeps the last."""
+    return yaml.load(text, _Once)
+
+
+class _Once(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {key.value} stands twice")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def parse_config(tree: Any, source: str = "config") -> Config:

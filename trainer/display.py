@@ -8,8 +8,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from cutnmix.trainer.folder import RunFolder
-
-Scores = dict[str, dict[str, float]]  # as cutnmix.trainer.metrics.evaluate returns them
+from cutnmix.trainer.metrics import Scores, is_peer
 
 _FIRST = ("mean", "best_peer", "ensemble")  # then what else the method predicts by
 
@@ -85,7 +84,7 @@ class Display:
         table = Table("", "top-1 %", "top-5 %", "NLL", "ECE %")
         for column in table.columns[1:]:
             column.justify = "right"
-        peers = sorted((name for name in scores if name[4:].isdigit()), key=lambda name: int(name[4:]))
+        peers = sorted(filter(is_peer, scores), key=lambda name: int(name[4:]))
         for name in ("mean", *peers, *_FIRST[1:], *_own(scores)):
             score = scores[name]
             cells = (f"{score['top1']:.2f}", f"{score['top5']:.2f}", f"{score['nll']:.3f}", f"{score['ece']:.2f}")
@@ -101,4 +100,4 @@ class Display:
 
 def _own(scores: Scores) -> list[str]:
     """The method's own predictions: a teacher, a leader."""
-    return [name for name in scores if name not in _FIRST and not name[4:].isdigit()]
+    return [name for name in scores if name not in _FIRST and not is_peer(name)]

@@ -16,6 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from cutnmix.trainer.metrics import is_peer
+
 Style = dict[str, Any]
 Curve = tuple[str, np.ndarray, np.ndarray, Style]  # label ("" for none), x, y, style
 
@@ -80,7 +82,7 @@ def _scores(test: list[dict], key: str, form: str) -> list[Curve]:
     for record in test:
         for name, scores in record["scores"].items():
             points.setdefault(name, []).append((record["epoch"], scores.get(key)))
-    peers = sorted((name for name in points if name[4:].isdigit()), key=lambda name: int(name[4:]))
+    peers = sorted(filter(is_peer, points), key=lambda name: int(name[4:]))
     if len(peers) == 1:
         styles = {"teacher": SCORE_STYLES["teacher"], peers[0]: SCORE_STYLES["mean"]}
     else:

@@ -1,7 +1,8 @@
 """A run is a folder: what is in it, who may write to it, and how an interrupted one goes on.
 
 config.yaml               the resolved configuration
-metrics.jsonl             a record a line: {"kind": "train" | "test", "epoch", "step", ...}
+metrics.jsonl             a record a line: {"kind": "train" | "test" | "session" | "stopped", "epoch", "step", ...}
+                          (session: a start, and what it computes with; stopped: the end of one, by a signal)
 tensorboard/              the same, for TensorBoard
 batch.png, curves.png     one batch as the peers see it; losses, accuracies, learning rate
 checkpoints/last.pt       the state to resume from
@@ -27,9 +28,10 @@ from filelock import FileLock, Timeout
 
 from cutnmix.trainer.config import Config, ConfigError, dump_config, parse_config
 
-# Keys that may differ when a run is resumed: they change neither the data nor the arithmetic (the mesh: but rounding,
-# and the statistics of batch norms that are not synchronised).
+# Keys that may differ when a run is resumed: they change neither the data nor the arithmetic (the mesh and the loader:
+# but rounding, and the mesh the statistics of batch norms that are not synchronised).
 _FREE_ON_RESUME = ("name", "runs", "resume", "loader", "checkpoint", "log_every", "data.root", "data.download", "mesh")
+_OWN_IMAGES = ("folder", "webdataset")  # of these nothing but data.root says which images they are
 
 
 class RunError(Exception):
@@ -80,7 +82,10 @@ class RunFolder:
             return
         if config.resume == "never":
             raise RunError(f"{self.path} holds a run already: resume=auto goes on with it, {otherwise}")
-        changed = [f"{key} (was {was!r}, now {now!r})" for key, was, now in _changed(self.read_config(), config)]
+        free = _FREE_ON_RESUME
+        if config.data.name in _OWN_IMAGES:
+            free = tuple(key for key in free if key != "data.root")
+        changed = [f"{key} (was {was!r}, now {now!r})" for key, was, now in _changed(self.read_config(), config, free)]
         if changed:
             raise RunError(f"{self.path} was started with other keys: {'; '.join(changed)}; {otherwise}")
 
@@ -152,13 +157,21 @@ class RunFolder:
 
         Returns those that are left.
         """
-        kept = [
-            record
-            for record in self.records()
-            if (record["epoch"] <= position.epoch if record["kind"] == "test" else record["step"] <= global_step)
-        ]
+
+        def seen(record: dict[str, Any]) -> bool:
+            if record["kind"] == "test":
+                return record["epoch"] <= position.epoch
+            # Of a session that began there no step is left.
+            return record["step"] < global_step or (record["step"] == global_step and record["kind"] != "session")
+
+        kept = [record for record in self.records() if seen(record)]
         write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         return kept
+
+
+def same(config: Config, other: Config) -> bool:
+    """Whether two runs are one: every key alike that changes data or arithmetic."""
+    return not _changed(config, other)
 
 
 def same_but_seed(config: Config, other: Config) -> bool:
@@ -177,13 +190,13 @@ def csv_text(rows: Sequence[dict[str, Any]]) -> str:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Old or new, never half; where it fails, nothing is left of the new. Makes the folder. Raises: RunError."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another process may write the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, str):
-            partial.write_text(content)
-        else:
-            partial.write_bytes(content)
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -191,14 +204,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _changed(before: Config, now: Config) -> list[tuple[str, Any, Any]]:
-    """The keys that differ, with both values, without those of _FREE_ON_RESUME."""
+def _changed(before: Config, now: Config, free: Sequence[str] = _FREE_ON_RESUME) -> list[tuple[str, Any, Any]]:
+    """The keys that differ, with both values, without the free ones and what is below them."""
     was, is_now = _flat(dump_config(before)), _flat(dump_config(now))
-    free = tuple(f"{key}." for key in _FREE_ON_RESUME)
+    prefixes = tuple(f"{key}." for key in free)
     return [
         (key, was.get(key), is_now.get(key))
         for key in sorted(was.keys() | is_now.keys())
-        if was.get(key) != is_now.get(key) and not f"{key}.".startswith(free)
+        if was.get(key) != is_now.get(key) and not f"{key}.".startswith(prefixes)
     ]
 
 

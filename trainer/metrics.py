@@ -131,7 +131,8 @@ def _metrics(num_classes: int, device: torch.device, mesh: Mesh) -> "MetricColle
 
 
 def _update(metric: "MetricCollection", log_prob_BK: Tensor, label_B: Tensor) -> None:
-    prob_BK = log_prob_BK.exp()
+    # torchmetrics gives a confidence of exactly 1 a bin of its own, the sixteenth.
+    prob_BK = log_prob_BK.exp().clamp(max=1 - torch.finfo(torch.float32).eps / 2)
     for name in ("top1", "top5", "ece"):
         metric[name].update(prob_BK, label_B)
     metric["nll"].update(-log_prob_BK.gather(1, label_B[:, None]))

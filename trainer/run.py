@@ -7,7 +7,7 @@ import platform
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib.metadata import version
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from cutnmix.pipeline.batch import Views
@@ -31,6 +32,8 @@ from cutnmix.trainer.mesh import Mesh, joined, leave_it_to_the_first
 from cutnmix.trainer.metrics import Scores, evaluate
 from cutnmix.trainer.schedule import lr_factor
 from cutnmix.trainer.step import Tally
+
+_CURE = "start another run (name=NAME) with a lower optimizer.lr or another precision"
 
 
 def train(config: Config, display: Display | None = None) -> dict[str, Any]:
@@ -103,7 +106,7 @@ class _Run:
             state = checkpoint.load(folder.last, parts.setting.device)
             self.position, self.tally, self.best_top1 = checkpoint.restore(state, parts.learner, self.mesh)
             display.note(f"{folder.path}: going on at epoch {self.position.epoch + 1}, step {self.position.step}")
-        self.began = time.perf_counter()
+        self.began, self.saved_at = time.perf_counter(), self.global_step
         if parts.setting.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(parts.setting.device)
         self.writer, self.hours_before = None, None  # of the first process, which alone writes the folder
@@ -119,6 +122,8 @@ class _Run:
     def go(self) -> dict[str, Any]:
         """All epochs that are left."""
         config = self.config
+        if self.position.epoch < config.epochs:
+            self._begin_session()
         self.display.start(self.folder.path, config.epochs, self.steps_per_epoch, self.global_step)
         try:
             while self.position.epoch < config.epochs:
@@ -166,7 +171,7 @@ class _Run:
         if (step + 1) % config.log_every == 0 or step + 1 == len(plan):
             self._log(epoch + (step + 1) / len(plan), lr)
         if step + 1 == last:  # gradients between two updates are no part of a checkpoint
-            if config.checkpoint.every_steps and (step + 1) % config.checkpoint.every_steps == 0:
+            if config.checkpoint.every_steps and self.global_step - self.saved_at >= config.checkpoint.every_steps:
                 self._save()
             self._poll()
 
@@ -188,14 +193,10 @@ class _Run:
 
     def _check_finite(self, losses: dict[str, float]) -> None:
         if bad := [name for name, value in losses.items() if not math.isfinite(value)]:
-            raise RunError(
-                f"step {self.global_step}: {', '.join(bad)} is not finite; lower optimizer.lr, or resume from the last "
-                f"checkpoint with another precision"
-            )
+            raise RunError(f"step {self.global_step}: {', '.join(bad)} is not finite; {_CURE}")
 
     def _test(self, done: int) -> None:
-        # The processes may have other numbers of batches: together they look for signals after the last one only.
-        scores = score(self.parts, poll=self._poll if self.mesh.size == 1 else lambda: None)
+        scores = score(self.parts, poll=self._poll)
         record = {"kind": "test", "epoch": done, "step": self.global_step, "scores": scores}
         flat = {f"test/{key}/{name}": value for name, score in scores.items() for key, value in score.items()}
         self._record(record, flat)
@@ -223,13 +224,42 @@ class _Run:
 
     def _save(self, path: Path | None = None) -> None:
         path = path or self.folder.last
-        self._check_finite(replace(self.tally).read(self.mesh))  # of a copy; a good checkpoint is not written over
+        # A good checkpoint is not written over. The losses, of a copy of the tally, are of the weights before the last
+        # update, so the weights are looked at too.
+        self._check_finite(replace(self.tally).read(self.mesh))
+        if self.mesh.agree(int(not _all_finite(self.parts.learner.peers))):
+            raise RunError(f"step {self.global_step}: a peer's weights are not finite; {_CURE}")
         checkpoint.save(path, self.parts.learner, self.position, self.tally, self.best_top1, self.mesh)
+        if path == self.folder.last:
+            self.saved_at = self.global_step
 
     def _poll(self) -> None:
         if signum := self.mesh.agree(self.requested[0] if self.requested else 0):
             self._save()
+            self._record(self._now("stopped") | {"by": signal.Signals(signum).name}, {})  # with the hours until here
             raise Stopped(signum, self.folder.path)
+
+    def _now(self, kind: str) -> dict[str, Any]:
+        """The head of a record between two steps."""
+        epoch = self.position.epoch + self.position.step / self.steps_per_epoch
+        return {"kind": kind, "epoch": round(epoch, 6), "step": self.global_step}
+
+    def _session(self) -> dict[str, Any]:
+        """What this start of the run computes with: a resumed run may go on with something else."""
+        setting = self.parts.setting
+        return {
+            "hardware": hardware(setting.device),
+            "mesh": {"data": self.mesh.data, "peer": self.mesh.peer},
+            "precision": str(setting.dtype).removeprefix("torch."),
+            "compile": setting.compile,
+            "versions": {name: version(name) for name in ("cutnmix", "torch", "kornia", "numpy")},
+        }
+
+    def _begin_session(self) -> None:
+        before, now = self.folder.records("session"), self._session()
+        if before and before[-1]["precision"] != now["precision"]:  # of `auto`: no other may change
+            self.display.note(f"precision: going on in {now['precision']}, so far {before[-1]['precision']}")
+        self._record(self._now("session") | now, {})
 
     def _draw(self, views: Views, draws: Draws) -> None:
         from cutnmix.trainer.picture import draw_batch  # here, because matplotlib takes a second: only the first draws
@@ -247,6 +277,7 @@ class _Run:
         records = self.folder.records()
         tests = [record for record in records if record["kind"] == "test"]
         last, best = tests[-1], max(tests, key=lambda record: record["scores"]["mean"]["top1"])
+        sessions = [record for record in records if record["kind"] == "session"] or [self._session()]
         result = {
             "headline": {"what": "last epoch, mean over peers, top-1 percent", "top1": last["scores"]["mean"]["top1"]},
             "last_epoch": {"epoch": last["epoch"], "scores": last["scores"]},
@@ -256,16 +287,23 @@ class _Run:
             "peak_memory_bytes": max((r["peak_memory_bytes"] for r in tests if "peak_memory_bytes" in r), default=None),
             "steps": self.global_step,
             "parameters": parameters,
-            "hardware": hardware(self.parts.setting.device),
-            "mesh": {"data": self.mesh.data, "peer": self.mesh.peer},
-            "precision": str(self.parts.setting.dtype).removeprefix("torch."),
-            "compile": self.parts.setting.compile,
-            "versions": {name: version(name) for name in ("cutnmix", "torch", "kornia", "numpy")},
+            **{key: _in_turn(session[key] for session in sessions) for key in ("hardware", "precision", "compile")},
+            **{key: sessions[-1][key] for key in ("mesh", "versions")},
         }
         write_atomically(self.folder.result, json.dumps(result, indent=2) + "\n")
         draw_curves(records, self.folder.curves, self.folder.path.name)
         self.display.finish(self.folder, result)
         return result
+
+
+def _in_turn(values: Iterable[str]) -> str:
+    """What a run's sessions had, each once: `bfloat16`, or `bfloat16, then float32`."""
+    return ", then ".join(dict.fromkeys(values))
+
+
+def _all_finite(module: nn.Module) -> bool:
+    """Whether all of its weights and buffers are. The host waits for the device once."""
+    return bool(torch.stack([tensor.isfinite().all() for tensor in module.state_dict().values()]).all())
 
 
 def _telling_step(plan: Plan) -> int:
@@ -290,6 +328,8 @@ def trained(run: Path, *, best: bool = False, test: TestImages = "test") -> Iter
     Raises: RunError where there is none.
     """
     config, path = RunFolder(run).read_config(), saved(run, best=best)
+    if config.compile == "graph":  # which is of training, and of CUDA: what is trained can be scored without it
+        config = config.model_copy(update={"compile": "auto"})
     parts = build(config, test=test)
     try:
         position, _, _ = checkpoint.restore(checkpoint.load(path, parts.setting.device), parts.learner)
@@ -298,16 +338,22 @@ def trained(run: Path, *, best: bool = False, test: TestImages = "test") -> Iter
         parts.close()
 
 
-def score(parts: Parts, poll=lambda: None) -> Scores:
-    """The scores of the peers as they are now, on all test images."""
+def score(parts: Parts, poll: Callable[[], None] = lambda: None) -> Scores:
+    """The scores of the peers as they are now, on all test images. `poll` is called by all processes together."""
     plan = parts.test_plan()
+    shared = iter(range(-parts.mesh.agree(-len(plan))))  # a process may have a batch more than another one
+
+    def poll_together() -> None:
+        if next(shared, None) is not None:
+            poll()
+
     return evaluate(
         parts.learner,
         parts.test_step,
         parts.test_loader.epoch(plan),
         plan,
         num_classes=len(parts.splits.test.classes),
-        poll=poll,
+        poll=poll_together,
         mesh=parts.mesh,
     )
 

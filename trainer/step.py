@@ -34,8 +34,14 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        for name, part in state.items():
-            getattr(self, name).load_state_dict(part)
+        for name in ("peers", "method", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.load_scaler(state["scaler"])
+
+    def load_scaler(self, state: dict[str, Any]) -> None:
+        """The scale of fp16; a run that was in another precision so far has none, {}, and begins with a new one."""
+        if state:
+            self.scaler.load_state_dict(state)
 
     def make_momentum(self) -> None:
         """Zeros where there is no momentum buffer yet: the first update is then what it is without them.

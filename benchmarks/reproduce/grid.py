@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from cutnmix import configs
 from cutnmix.pipeline.datasets import load_splits
-from cutnmix.trainer.config import Config, ConfigError, Data, dump_config, load_config, parse_config
+from cutnmix.trainer.config import Config, ConfigError, Data, dump_config, load_config, parse_config, read_yaml
 
 GRIDS = Path(configs.__file__).parent / "grids"
 AXES = ("data", "network", "method")  # what --only selects by; a method is the name of a row
@@ -169,7 +169,7 @@ def load_grid(name: str) -> Grid:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{name}: neither a YAML file nor a shipped grid ({', '.join(grids())}){hint}")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = read_yaml(path.read_text())
         if not isinstance(tree, dict):
             raise ConfigError(f"{path}: must be a mapping of the keys {', '.join(Grid.model_fields)}")
         return Grid.model_validate({"name": name if shipped else path.stem, **tree})

@@ -1,0 +1,188 @@
+"""The loop around the steps: what it saves and when, what it refuses to save, and what it says of a run's starts."""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tasks
+import torch
+from rich.console import Console
+
+from cutnmix.models import NETWORKS
+from cutnmix.trainer import checkpoint, device, run
+from cutnmix.trainer.build import build
+from cutnmix.trainer.config import load_config
+from cutnmix.trainer.display import Display
+from cutnmix.trainer.folder import Position, RunError, RunFolder, Stopped
+from cutnmix.trainer.mesh import Mesh
+from cutnmix.trainer.step import Step
+
+TINY = [
+    "peers.network=small",
+    "peers.count=1",
+    "method=baseline",
+    "mix=none",
+    "data.images_per_class=10",  # 100 images: five batches
+    "batch_size=20",
+    "epochs=2",
+    "loader=resident",
+    "log_every=2",
+    "checkpoint.best=false",
+    "resume=auto",
+    "device=cpu",
+]
+
+
+@pytest.fixture(autouse=True)
+def small_network(monkeypatch):
+    monkeypatch.setitem(NETWORKS, "small", tasks.small)
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Trains in tmp_path/run, in this process; returns the result."""
+
+    def train(*keys: str, console: Console | None = None) -> dict:
+        config = load_config("quickstart", [*TINY, f"runs={tmp_path}", "name=run", *keys])
+        return run.train(config, Display(console or Console(quiet=True)))
+
+    return train
+
+
+@pytest.fixture
+def stop_at(monkeypatch) -> Iterator:
+    """SIGTERM within the step of that number, counted over all."""
+    real, count = Step.train, 0
+
+    def at(number: int) -> None:
+        def step(*args, **kwargs):
+            nonlocal count
+            real(*args, **kwargs)
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(Step, "train", step)
+
+    return at
+
+
+def saved_at(monkeypatch) -> list[Position]:
+    """The positions of last.pt, as they are saved."""
+    positions, real = [], checkpoint.save
+
+    def save(path: Path, learner, position: Position, *rest) -> None:
+        positions.append(position)
+        real(path, learner, position, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    return positions
+
+
+@pytest.mark.parametrize(
+    ("keys", "steps"),
+    [
+        (["checkpoint.every_steps=2"], [2, 4, 5, 7, 9, 10]),
+        (["checkpoint.every_steps=3", "optimizer.accumulate=2"], [4, 5, 9, 10]),  # updates after 2, 4 and 5
+        (["checkpoint.every_steps=6", "checkpoint.every_epochs=2"], [6, 10]),  # longer than an epoch
+    ],
+)
+def test_it_saves_once_so_many_steps_are_done(keys, steps, train, monkeypatch):
+    positions = saved_at(monkeypatch)
+    train(*keys)
+    assert [5 * epoch + step for epoch, step in positions] == steps
+
+
+def test_weights_that_are_not_finite_are_not_saved(train, tmp_path, monkeypatch):
+    """The losses of the last step are of the weights before it, and finite."""
+    train("epochs=2", "eval_every=2")
+    folder = RunFolder(tmp_path / "run")
+    before = folder.last.read_bytes()
+    folder.result.unlink()
+    folder.config.write_text(folder.config.read_text().replace("epochs: 2", "epochs: 3", 1))
+    real, count = Step.train, 0
+
+    def step(self, learner, *args, **kwargs):
+        nonlocal count
+        real(self, learner, *args, **kwargs)
+        count += 1
+        if count == 5:
+            with torch.no_grad():
+                next(learner.peers.parameters()).fill_(math.inf)
+
+    monkeypatch.setattr(Step, "train", step)
+    with pytest.raises(RunError, match=r"step 15: a peer's weights are not finite; start another run \(name=NAME\)"):
+        train("epochs=3", "eval_every=2")
+    assert folder.last.read_bytes() == before and not folder.result.exists()
+
+
+def test_a_run_tells_what_each_start_of_it_computed_with(train, stop_at, tmp_path, monkeypatch, capsys):
+    """precision=auto may mean another one where the run goes on."""
+    stop_at(7)
+    monkeypatch.setattr(device, "_fast_dtype", lambda _: torch.bfloat16)
+    with pytest.raises(Stopped):
+        train()
+    monkeypatch.setattr(device, "_fast_dtype", lambda _: torch.float32)
+    result = train(console=Console(highlight=False))
+    assert "precision: going on in float32, so far bfloat16\n" in capsys.readouterr().out
+    assert result["precision"] == "bfloat16, then float32" and result["compile"] == "none"
+    folder = RunFolder(tmp_path / "run")
+    first, second = folder.records("session")
+    assert (first["step"], second["step"], second["epoch"]) == (0, 7, 1.4)
+    assert result["hardware"] == first["hardware"] == second["hardware"]
+    before = folder.result.read_text()
+    monkeypatch.setattr(device, "_fast_dtype", lambda _: torch.bfloat16)
+    assert train()["precision"] == "bfloat16, then float32"  # nothing was left to be done
+    assert json.loads(before) == json.loads(folder.result.read_text())
+
+
+def test_the_time_until_a_signal_counts(train, stop_at, tmp_path):
+    stop_at(3)
+    with pytest.raises(Stopped):
+        train("log_every=50", "checkpoint.every_steps=null")
+    folder = RunFolder(tmp_path / "run")
+    begun, stopped = folder.records()
+    assert (begun["kind"], stopped["kind"], stopped["by"], stopped["step"]) == ("session", "stopped", "SIGTERM", 3)
+    assert stopped["hours"] > 0
+    train("log_every=50")
+    assert folder.records("session")[1]["hours"] >= stopped["hours"]
+
+
+def test_a_run_without_a_scale_goes_on_in_fp16(train, stop_at, monkeypatch):
+    """As where the first machine multiplies bf16, and the second does not."""
+    stop_at(3)
+    with pytest.raises(Stopped):
+        train()
+    real = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **kwargs: real("cpu", enabled=True))
+    assert train()["steps"] == 10
+
+
+def test_a_run_that_was_trained_as_a_cuda_graph_is_scored_without(train, tmp_path):
+    result = train()
+    folder = RunFolder(tmp_path / "run")
+    folder.config.write_text(folder.config.read_text().replace("compile: auto", "compile: graph", 1))
+    with run.trained(folder.path) as (parts, epochs):
+        assert epochs == 2
+        assert run.score(parts)["mean"]["top1"] == result["headline"]["top1"]
+
+
+class Uneven(Mesh):
+    """As if another process had two batches of test images, fewer than this one."""
+
+    def agree(self, signum: int) -> int:
+        return max(signum, -2)
+
+
+def test_all_processes_look_for_signals_after_the_batches_that_all_have():
+    config = load_config("quickstart", [*TINY, "eval_batch_size=100"])
+    for mesh, expected in ((Mesh(), None), (Uneven(), 2)):
+        parts, polls = build(config, mesh), []
+        run.score(parts, poll=lambda polls=polls: polls.append(1))
+        batches = len(parts.test_plan())
+        assert batches > 2 and len(polls) == (expected or batches)
+        parts.close()
