@@ -330,7 +330,7 @@ def _cifar(
     if missing and not download and not (root / source.filename).exists():
         raise DataError(
             f"data.root: {place} lacks {', '.join(missing)}; "
-            f"allow the download, or put {source.url} (md5 {source.tgz_md5}) into {root}"
+            f"a training with data.download=true fetches it, or put {source.url} (md5 {source.tgz_md5}) into {root}"
         )
     if missing:
         _fetch(source, root, missing)

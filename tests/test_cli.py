@@ -125,6 +125,20 @@ def test_on_a_terminal_there_is_a_live_bar(tmp_path, monkeypatch):
     assert all(part in screen.getvalue() for part in ("epoch 2/2", "step 1/1", "images/s", "left", "dml", "total"))
 
 
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_where_the_bar_has_no_room_the_losses_are_cut_and_nothing_else(width):
+    screen = io.StringIO()
+    shown = Display(Console(file=screen, force_terminal=True, width=width, color_system=None))
+    shown.start(Path("runs/x"), 240, 79, 300)
+    for _ in range(2):  # the time that is left is known from the second step on
+        shown.advance()
+    losses = {"ce": 4.58, "dml": 0.0596, "mmd": 0.000312, "pt": 0.0122, "pt_ce": 2.1, "total": 6.75}
+    shown.losses(losses, 12071.0)
+    shown.stop()
+    line = screen.getvalue().rsplit("epoch ", 1)[1]
+    assert re.match(r"4/240 step 65/79 .* 12,071 images/s 0:00:0\d left [\d:-]+ total 6.7", line), line
+
+
 def test_exported_peers_are_the_checkpoints_in_plain_torch(trained):
     folder, _ = trained
     peers = Peers(["resnet20"] * 2, num_classes=10, seed=1)

@@ -17,6 +17,7 @@ from cutnmix.pipeline.mix import MixBatch
 from cutnmix.pipeline.plan import Distort, Draws, Mix, make_plan
 from cutnmix.trainer import figures
 from cutnmix.trainer.figures import draw_curves
+from cutnmix.trainer.folder import RunError
 from cutnmix.trainer.picture import draw_batch
 
 CLASSES = ("owl", "$cat_{dog", "a class whose name is far too long for its column", "\u732b")
@@ -201,7 +202,7 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(figures, "FigureCanvasAgg", lambda _: SimpleNamespace(print_png=torn))
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(RunError, match=f"{path} cannot be written: no space left"):
         draw_curves(run_records(), path, "new")
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from cutnmix.trainer.config import Config, ConfigError, load_config
 from cutnmix.trainer.folder import Position, RunError, RunFolder, same_but_seed, write_atomically
@@ -52,6 +53,22 @@ def test_the_lock_is_given_back_after_an_error(folder):
         raise ZeroDivisionError
     with folder.locked():
         pass
+
+
+def test_a_lock_that_cannot_be_made_is_told_in_one_line(folder, monkeypatch):
+    def refuse(self, timeout: float) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with pytest.raises(RunError, match=f"{folder.path} cannot be written: Permission denied"), folder.locked():
+        pass
+
+
+def test_a_configuration_that_is_no_text_is_named(folder):
+    folder.begin(config())
+    folder.config.write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(ConfigError, match=f"{folder.config}: 'utf-8' codec can't decode"):
+        folder.read_config()
 
 
 def test_a_folder_that_cannot_be_made_is_named(folder):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Outputs
 from cutnmix.pipeline.batch import Batch, Views
 from cutnmix.pipeline.plan import Distort, Mix, make_plan
+from cutnmix.trainer.folder import RunError
 from cutnmix.trainer.metrics import Scores, evaluate
 from cutnmix.trainer.step import Learner, Step
 
@@ -131,6 +132,12 @@ def test_certainty_that_is_wrong_is_finite():
     logits_JNK[:] = 200 * np.eye(3)[(label_N + 1) % 3]
     scores = evaluated(logits_JNK, label_N)["peer0"]
     assert scores == pytest.approx({"top1": 0, "top5": 100, "nll": 200, "ece": 100})
+
+
+@pytest.mark.parametrize("name", ["peer0", "peer7", "mean", "best_peer", "ensemble"])
+def test_a_prediction_of_the_methods_own_has_no_name_of_the_evaluation(name):
+    with pytest.raises(RunError, match=f"method Taught: no prediction of its own may be named {name}"):
+        evaluated(*drawn(2, 4), **{name: np.eye(4)[drawn(2, 4)[1]]})
 
 
 def test_full_certainty_falls_into_the_last_of_fifteen_bins():

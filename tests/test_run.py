@@ -171,6 +171,42 @@ def test_a_run_that_was_trained_as_a_cuda_graph_is_scored_without(train, tmp_pat
         assert run.score(parts)["mean"]["top1"] == result["headline"]["top1"]
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one_and_nothing_else(error, train, tmp_path, monkeypatch):
+    """torch has an error of its own where a disk is full in the middle of a tensor."""
+    folder = RunFolder(tmp_path / "run")
+    real = torch.save
+
+    def full(state, file) -> None:
+        if state["position"] != (1, 0):
+            raise error
+        real(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunError, match=f"{folder.last} cannot be written, .* MB are free there"):
+        train()
+    assert [path.name for path in folder.last.parent.iterdir()] == ["last.pt"]
+    assert torch.load(folder.last, weights_only=True)["position"] == (1, 0)
+
+
+def test_a_finished_run_says_so(train, capsys):
+    train()
+    train(console=Console(highlight=False, width=200))
+    assert "run: is finished" in capsys.readouterr().out
+
+
+def test_a_run_is_scored_where_its_data_and_its_device_are_others(train, tmp_path, monkeypatch):
+    result = train("data.root=there")
+    folder, seen = RunFolder(tmp_path / "run"), []
+    folder.config.write_text(folder.config.read_text().replace("device: cpu", "device: cuda:7", 1))
+    real = run.build
+    monkeypatch.setattr(run, "build", lambda config, **more: seen.append(config) or real(config, **more))
+    with run.trained(folder.path, root=tmp_path, device="cpu") as (parts, _):
+        assert run.score(parts)["mean"]["top1"] == result["headline"]["top1"]
+    (config,) = seen
+    assert config.data.root == tmp_path and config.data.download is False
+
+
 class Uneven(Mesh):
     """As if another process had two batches of test images, fewer than this one."""
 

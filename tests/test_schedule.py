@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cutnmix.trainer.config import Schedule
-from cutnmix.trainer.schedule import lr_factor
+from cutnmix.trainer.schedule import lr_factor, never_reached
 
 PAPER, EPOCHS, S = Schedule(), 240, 100  # S steps an epoch
 EACH = pytest.mark.parametrize("name", ["step", "cosine", "constant"])
@@ -79,3 +79,18 @@ def test_no_step_is_lost_and_after_the_warm_up_the_rate_only_falls(name, warmup)
 def test_a_warm_up_as_long_as_the_run_only_rises(name):
     schedule = Schedule(name=name, warmup_epochs=10, milestones=[])
     assert [lr_factor(schedule, step, 7, 10) for step in range(70)] == pytest.approx([i / 70 for i in range(1, 71)])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "epochs", "said"),
+    [
+        (PAPER, 240, []),
+        (PAPER, 151, []),
+        (PAPER, 150, ["schedule.milestones: 150, 180, 210 are not reached in 150 epochs: the learning rate stays"]),
+        (Schedule(name="cosine"), 20, []),
+        (Schedule(name="constant", warmup_epochs=3), 4, []),
+        (Schedule(name="constant", warmup_epochs=3), 3, ["schedule.warmup_epochs: 3 of 3 epochs: all is warm-up"]),
+    ],
+)
+def test_what_a_shortened_run_does_not_reach_is_said(schedule, epochs, said):
+    assert never_reached(schedule, epochs) == said

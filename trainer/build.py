@@ -19,6 +19,7 @@ from cutnmix.trainer.mesh import ONE, Mesh
 from cutnmix.trainer.method import Task
 from cutnmix.trainer.methods import METHODS
 from cutnmix.trainer.norm import synchronise
+from cutnmix.trainer.schedule import never_reached
 from cutnmix.trainer.step import Learner, Step
 
 METHOD_STREAM = 0x6D657468  # "meth": keeps a method's initial weights apart from the peers'
@@ -117,7 +118,8 @@ def build(config: Config, mesh: Mesh = ONE, test: TestImages = "test") -> Parts:
         )
     _check_parts(config, splits, setting, mesh)
     left_out = [_left_out(split) for split in splits if split.left_out]
-    notes = [*setting.notes, *_checked_networks(config, splits.train), *left_out]
+    notes = [*setting.notes, *never_reached(config.schedule, config.epochs)]
+    notes += [*_checked_networks(config, splits.train), *left_out]
     _check_single(config, splits.train, mesh)
     train = splits.train
     learner = make_learner(config, setting, num_classes=len(train.classes), num_images=len(train), mesh=mesh)

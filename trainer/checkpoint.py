@@ -35,7 +35,10 @@ _REASON = 160  # characters of torch's message
 
 
 def save(path: Path, learner: Learner, position: Position, tally: Tally, best_top1: float, mesh: Mesh = ONE) -> None:
-    """Write the state beside `path`, flush it to the disk, rename: a reader sees the old or the new, never half."""
+    """Write the state beside `path`, flush it to the disk, rename: a reader sees the old or the new, never half.
+
+    Raises: RunError where it cannot be written; what was there is still there.
+    """
     if mesh.size > 1:
         _save_folder(path, learner, position, tally, best_top1, mesh)
         return
@@ -49,11 +52,18 @@ def save(path: Path, learner: Learner, position: Position, tally: Tally, best_to
         "rng_cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
     }
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # they are RuntimeErrors too
+        raise
+    except (OSError, RuntimeError) as error:  # torch's own, of a disk that is full in the middle of a tensor
+        partial.unlink(missing_ok=True)  # it would keep the disk full
+        free = shutil.disk_usage(path.parent).free
+        raise RunError(f"{path} cannot be written, {free / 1e6:,.0f} MB are free there ({_told(error)})") from error
     _clear(path)
 
 

@@ -37,6 +37,8 @@ Overrides = Annotated[
 Run = Annotated[Path, typer.Argument(help="a run's folder")]
 Best = Annotated[bool, typer.Option("--best", help="best.pt, chosen on the test images")]
 On = Annotated[str, typer.Option("--on", help="test, or unused: training images that data.images_per_class left out")]
+Root = Annotated[Path | None, typer.Option(help="where the data are here, if not in the run's data.root")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N, if not the run's")]
 
 
 @app.command()
@@ -48,12 +50,12 @@ def train(config: Annotated[str, typer.Argument(help="a shipped recipe or a YAML
 
 
 @app.command()
-def evaluate(run: Run, best: Best = False, on: On = "test"):
+def evaluate(run: Run, best: Best = False, on: On = "test", root: Root = None, device: Device = None):
     """Score a run's last checkpoint on its test images."""
     from cutnmix.trainer.compare import told
     from cutnmix.trainer.run import score, trained
 
-    with trained(run, best=best, test=_test_images(on)) as (parts, epochs):
+    with trained(run, best=best, test=_test_images(on), root=root, device=device) as (parts, epochs):
         title = f"{run}, {'best' if best else 'last'}.pt: {epochs:.4g} epochs; {told(on, len(parts.splits.test))}"
         Display().table(title, score(parts))
 
@@ -73,6 +75,8 @@ def compare(
         Path | None, typer.Option(help="a folder to leave each run's predictions in, RUN.safetensors")
     ] = None,
     csv: Annotated[Path | None, typer.Option("--csv", help="write the table to this file too")] = None,
+    root: Root = None,
+    device: Device = None,
 ):
     """Put runs beside the first of them, image by image: differences in top-1, and whether chance alone explains them.
 
@@ -83,7 +87,9 @@ def compare(
     from cutnmix.trainer import compare as comparison
 
     test = _test_images(on)
-    compared = comparison.compare(runs, best=best, test=test, over_seeds=over_seeds, keep=keep)
+    compared = comparison.compare(
+        runs, best=best, test=test, over_seeds=over_seeds, keep=keep, root=root, device=device
+    )
     of_seeds = ["over seeds", "seeds"] if over_seeds else []
     table = Table("run", "prediction", "top-1 %", f"less {compared.rows[0].run}", *of_seeds, "p")
     for column in table.columns[2:]:

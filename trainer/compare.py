@@ -17,7 +17,7 @@ account, a multiple of the error does not.
 A RUN is a folder, or a file of predictions that `keep` left of one, see predicted.py: both say the same.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +73,8 @@ def compare(
     test: TestImages = "test",
     over_seeds: bool = False,
     keep: Path | None = None,
+    root: Path | None = None,
+    device: str | None = None,
 ) -> Comparison:
     """Score the last checkpoints, or with `best` those chosen on the test images, on the images that `test` names.
 
@@ -82,6 +84,7 @@ def compare(
         test: what they are scored on, see load_splits.
         over_seeds: average runs whose configurations differ by the seed alone, and pair them by it.
         keep: the folder that is to hold the predictions of each run that is scored, NAME.safetensors.
+        root, device: of this machine, see run.trained.
 
     Raises: RunError, before anything is scored, unless all runs have checkpoints, keys that say the same of the images,
         and seeds of their own in a group; then where the images prove to be others.
@@ -91,7 +94,11 @@ def compare(
     _check(files, configs, best, test, keep)
     names = {run: files[run].run if run in files else name_of(run) for run in configs}
     groups = _over_seeds(configs, names) if over_seeds else [_Group(names[run], {0: run}) for run in configs]
-    hits = {run: found.hits() for run, found in _predicted(files, configs, best, test, keep).items()}
+
+    def predict(run: Path) -> Predicted:
+        return predict_run(run, best=best, test=test, root=root, device=device)
+
+    hits = {run: found.hits() for run, found in _predicted(files, configs, predict, keep).items()}
 
     def of(group: _Group, name: str) -> dict[int, np.ndarray]:
         return {key: hits[run][name] for key, run in group.runs.items() if name in hits[run]}
@@ -165,12 +172,15 @@ def _common(named: list[tuple[int, str]]) -> str:
 
 
 def _predicted(
-    files: Mapping[Path, Predicted], configs: Mapping[Path, Config], best: bool, test: TestImages, keep: Path | None
+    files: Mapping[Path, Predicted],
+    configs: Mapping[Path, Config],
+    predict: Callable[[Path], Predicted],
+    keep: Path | None,
 ) -> dict[Path, Predicted]:
     """The predictions of each run, in order: those on file as they are read, of folders made, and kept."""
     predicted: dict[Path, Predicted] = {}
     for run in [*files, *(run for run in configs if run not in files)]:  # what may be refused before what takes time
-        predicted[run] = files.get(run) or predict_run(run, best=best, test=test)
+        predicted[run] = files.get(run) or predict(run)
         _check_digest(next(iter(predicted.items())), (run, predicted[run]))
         if keep and run not in files:
             write(_kept(keep, run), predicted[run])

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from cutnmix.trainer.folder import RunFolder
 from cutnmix.trainer.metrics import Scores, is_peer
@@ -33,14 +33,15 @@ class Display:
         self.note(f"{folder}: {epochs} epochs of {steps_per_epoch} steps")
         if not self.console.is_terminal:
             return
+        rest = Column(no_wrap=True, overflow="ellipsis", ratio=1)  # the losses alone are cut where 80 columns are all
         self._progress = Progress(
-            TextColumn("epoch {task.fields[epoch]} step {task.fields[step]}"),
-            BarColumn(bar_width=None),
+            TextColumn("epoch {task.fields[epoch]} step {task.fields[step]}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=10),
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            TextColumn("{task.fields[losses]}"),
+            TextColumn("{task.fields[losses]}", table_column=rest),
             console=self.console,
             expand=True,
         )
@@ -64,7 +65,8 @@ class Display:
     def losses(self, losses: dict[str, float], images_per_s: float) -> None:
         """The means that were just logged."""
         if self._progress:
-            text = " ".join(f"{name} {value:.3g}" for name, value in losses.items())
+            total_first = {"total": losses["total"]} | losses
+            text = " ".join(f"{name} {value:.3g}" for name, value in total_first.items())
             self._progress.update(self._task, rate=f"{images_per_s:,.0f} images/s", losses=text)
 
     def scores(self, epoch: int, scores: Scores) -> None:

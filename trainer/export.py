@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -164,9 +164,12 @@ def _choose(folder: RunFolder, count: int, peer: str, checkpoint: str) -> int | 
 def _facts(folder: RunFolder, config: Config) -> Facts:
     """From what a finished run left; of another one, from its data set."""
     if (finished := folder.peers / "peer0.safetensors").exists():
-        with safe_open(finished, "pt") as file:
-            metadata = file.metadata()
-        return Facts(*(tuple(json.loads(metadata[field])) for field in Facts._fields))
+        try:
+            with safe_open(finished, "pt") as file:
+                metadata = file.metadata()
+            return Facts(*(tuple(json.loads(metadata[field])) for field in Facts._fields))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{finished} is damaged ({error}); remove it, and the data set is asked instead") from error
     return _facts_of(load_data(config.data).train, config.distort)
 
 

@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from cutnmix.trainer.folder import RunError
 from cutnmix.trainer.metrics import is_peer
 
 Style = dict[str, Any]
@@ -62,7 +63,7 @@ def draw_curves(records: list[dict], path: Path, title: str) -> None:
     losses = [line for curve in losses for line in _smoothed(curve)]
     _panel(loss, losses, "Training loss: total = sum of the weighted terms", "loss (nats; mmd: squared)", log=True)
 
-    style = {"color": INK, "drawstyle": "steps-post"}
+    style = {"color": INK, "drawstyle": "steps-pre"}  # a record has the rate of the last step until then
     rate = _curve("lr", "{:.3g}", [(record["epoch"], record["lr"]) for record in train], style)
     values = np.unique(rate[2])
     milestones = 1 < len(values) <= 5 and values[0] > 0  # otherwise constant, or a smooth schedule
@@ -168,12 +169,14 @@ def label_ends(axes: Axes, curves: list[Curve]) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """PNG, whole or not at all: what another process reads meanwhile is the old file."""
+    """PNG, whole or not at all: what another process reads meanwhile is the old file. Raises: RunError."""
     whole = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from font")  # class names in other scripts
             FigureCanvasAgg(figure).print_png(whole)
         os.replace(whole, path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         whole.unlink(missing_ok=True)

@@ -106,6 +106,8 @@ class RunFolder:
             lock.acquire(timeout=0)
         except Timeout:
             raise Taken(f"{self.path} is in use by another process") from None
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written: {error.strerror}") from error
         try:
             yield
         finally:
@@ -123,7 +125,7 @@ class RunFolder:
             return parse_config(yaml.safe_load(self.config.read_text()), str(self.config))
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(f"{self.path} is not a run: it has no config.yaml") from None
-        except yaml.YAMLError as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{self.config}: {error}") from error
 
     def append(self, record: dict[str, Any]) -> None:

@@ -80,7 +80,7 @@ class Method(Protocol):
     def __init__(self, task: Task) -> None: ...
 
     def forward(self, outputs: Outputs, batch: Batch, peers: Peers) -> dict[str, Tensor]:
-        """Named scalar losses, already weighted; the step adds them up and calls backward once.
+        """Named scalar losses, already weighted; the step adds them up and calls backward once. No `total`, no `top1`.
 
         Each is a SUM over peers, so that peer j gets the gradient of its own objective L^j, whatever J is.
         At least float32, whatever autocast does around it. `peers` is for the methods that run the networks on more
@@ -90,6 +90,8 @@ class Method(Protocol):
 
     def predictions(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Logits (B, K) that the evaluation scores beside the peers, by name: a teacher, a leader. Often {}.
+
+        Not by the evaluation's own names: peer0, peer1, ..., mean, best_peer, ensemble.
 
         Called as `forward` is: in eval mode, within the autocast that the peers ran in.
         """

@@ -21,6 +21,7 @@ from torch import Tensor
 from cutnmix.pipeline.batch import Views
 from cutnmix.pipeline.plan import Plan
 from cutnmix.trainer.exchange import Exchange
+from cutnmix.trainer.folder import RunError
 from cutnmix.trainer.mesh import ONE, Mesh
 from cutnmix.trainer.step import Learner, Step
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
 Scores = dict[str, dict[str, float]]
+_OURS = ("mean", "best_peer", "ensemble")  # with peerN the names that no prediction of a method may have
 
 
 @torch.no_grad()
@@ -43,12 +45,12 @@ def evaluate(
 ) -> Scores:
     """Scores by name: peer0, peer1, ..., mean, best_peer, ensemble and the method's own predictions, such as teacher.
 
-    The method's own names must be others than these.
-
     In eval mode, which the learner leaves again. One host synchronisation, at the end. `poll` is called after each
     batch, so that a signal need not wait for the last one.
 
     Local batch norms of several processes have statistics of their own: all score with those of the first.
+
+    Raises: RunError where a prediction of the method's own has one of these names.
     """
     metrics: dict[str, MetricCollection] = {}
     for log_probs, label_B in predict(learner, step, batches, plan, mesh):
@@ -86,6 +88,8 @@ def predict(
         log_probs["ensemble"] = _ensemble(log_prob_JBK, mesh.over)
         with step.autocast():
             others = learner.method.predictions(outputs, batch)
+        if taken := [name for name in others if name in _OURS or is_peer(name)]:
+            raise RunError(f"method {type(learner.method).__name__}: no prediction of its own may be named {taken[0]}")
         log_probs |= {name: logits_BK.float().log_softmax(-1) for name, logits_BK in others.items()}
         yield log_probs, batch.label_B
     learner.peers.train()

@@ -29,7 +29,7 @@ from safetensors.torch import save
 
 from cutnmix.pipeline.datasets import TestImages
 from cutnmix.trainer.config import Config, dump_config, parse_config
-from cutnmix.trainer.folder import RunError, write_atomically
+from cutnmix.trainer.folder import RunError, RunFolder, write_atomically
 from cutnmix.trainer.metrics import is_peer, predict
 from cutnmix.trainer.run import trained
 
@@ -64,23 +64,25 @@ def name_of(run: Path) -> str:
     return Path(os.path.abspath(run)).name
 
 
-def predict_run(run: Path, *, best: bool = False, test: TestImages = "test") -> Predicted:
-    """The predictions of a run's last checkpoint, or of best.pt, on the images that `test` names.
+def predict_run(
+    run: Path, *, best: bool = False, test: TestImages = "test", root: Path | None = None, device: str | None = None
+) -> Predicted:
+    """The predictions of a run's last checkpoint, or of best.pt, on the images that `test` names; see run.trained.
 
     Raises: RunError where there is no such checkpoint.
     """
     labels: list[torch.Tensor] = []
     found: dict[str, list[torch.Tensor]] = {}
-    with trained(run, best=best, test=test) as (parts, epochs):
+    with trained(run, best=best, test=test, root=root, device=device) as (parts, epochs):
         plan = parts.test_plan()
         for log_probs, label_B in predict(parts.learner, parts.test_step, parts.test_loader.epoch(plan), plan):
             labels.append(label_B)
             for name, log_prob_BK in log_probs.items():
                 found.setdefault(name, []).append(log_prob_BK.argmax(-1))
-        config, images = parts.config, parts.splits.test
+        images = parts.splits.test
     return Predicted(
         name_of(run),
-        config,
+        RunFolder(run).read_config(),  # its own, where it was scored on another device
         "best" if best else "last",
         epochs,
         test,

@@ -105,7 +105,8 @@ class _Run:
         if config.resume == "auto" and self.mesh.same(folder.last.exists()):
             state = checkpoint.load(folder.last, parts.setting.device)
             self.position, self.tally, self.best_top1 = checkpoint.restore(state, parts.learner, self.mesh)
-            display.note(f"{folder.path}: going on at epoch {self.position.epoch + 1}, step {self.position.step}")
+            going_on = f"going on at epoch {self.position.epoch + 1}, step {self.position.step}"
+            display.note(f"{folder.path}: {going_on if self.position.epoch < config.epochs else 'is finished'}")
         self.began, self.saved_at = time.perf_counter(), self.global_step
         if parts.setting.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(parts.setting.device)
@@ -321,16 +322,25 @@ def saved(run: Path, *, best: bool = False) -> Path:
 
 
 @contextmanager
-def trained(run: Path, *, best: bool = False, test: TestImages = "test") -> Iterator[tuple[Parts, float]]:
+def trained(
+    run: Path, *, best: bool = False, test: TestImages = "test", root: Path | None = None, device: str | None = None
+) -> Iterator[tuple[Parts, float]]:
     """The parts of a run with its last checkpoint, or with best.pt, and the epochs that it has trained.
 
-    `test`: what it is to be scored on, see load_splits.
+    Args:
+        run: its folder.
+        best: best.pt.
+        test: what it is to be scored on, see load_splits.
+        root: where its data are here; None: in its own data.root. Nothing is downloaded.
+        device: of this machine; None: as its own keys have it.
+
     Raises: RunError where there is none.
     """
     config, path = RunFolder(run).read_config(), saved(run, best=best)
-    if config.compile == "graph":  # which is of training, and of CUDA: what is trained can be scored without it
-        config = config.model_copy(update={"compile": "auto"})
-    parts = build(config, test=test)
+    here = {"download": False} | ({} if root is None else {"root": root})
+    # A CUDA graph is of training: what is trained so can be scored without it.
+    keys = {"compile": "auto" if config.compile == "graph" else config.compile, "device": device or config.device}
+    parts = build(config.model_copy(update=keys | {"data": config.data.model_copy(update=here)}), test=test)
     try:
         position, _, _ = checkpoint.restore(checkpoint.load(path, parts.setting.device), parts.learner)
         yield parts, position.epoch + position.step / len(parts.plan(0))

@@ -5,6 +5,17 @@ import math
 from cutnmix.trainer.config import Schedule
 
 
+def never_reached(schedule: Schedule, epochs: int) -> list[str]:
+    """Lines for the user about what a run of so many epochs, shortened perhaps, ends before."""
+    lines = []
+    if schedule.name == "step" and schedule.milestones and min(schedule.milestones) >= epochs:
+        milestones = ", ".join(f"{milestone:g}" for milestone in schedule.milestones)
+        lines.append(f"schedule.milestones: {milestones} are not reached in {epochs} epochs: the learning rate stays")
+    if schedule.warmup_epochs >= epochs:
+        lines.append(f"schedule.warmup_epochs: {schedule.warmup_epochs:g} of {epochs} epochs: all is warm-up")
+    return lines
+
+
 def lr_factor(schedule: Schedule, step: int, steps_per_epoch: int, epochs: int) -> float:
     """Factor in [0, 1] for the step that comes after `step` steps, at t = step / steps_per_epoch epochs.
 

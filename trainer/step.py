@@ -15,6 +15,7 @@ from cutnmix.pipeline.batch import Batch, Views
 from cutnmix.pipeline.mix import MixBatch
 from cutnmix.pipeline.plan import Draws
 from cutnmix.trainer.exchange import ALONE, Exchange
+from cutnmix.trainer.folder import RunError
 from cutnmix.trainer.graph import Graphed
 from cutnmix.trainer.mesh import ONE, Mesh
 
@@ -68,7 +69,11 @@ class Tally:
         """Add one step. Under a mix, predicting a class counts by its share of the target, so lam-weighted top-1.
 
         `weight`: of the images here in the mean over all, see Plan.weight.
+
+        Raises: RunError for a loss that is named as the sum of all or as the accuracy are.
         """
+        if taken := losses.keys() & {"total", "top1"}:
+            raise RunError(f"no loss of a method may be named {taken.pop()}: the record has that name for its own")
         self.names = [*losses, "top1"]
         guess_JB1 = logits_JBK.detach().argmax(-1, keepdim=True)
         target_JBK = target_LBK.expand(logits_JBK.shape[0], -1, -1)
