@@ -407,6 +407,67 @@ def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path):
     assert events(out, RUNS[1])[-1] == "taken"
 
 
+def test_a_run_that_another_command_finished_with_other_keys_is_not_taken_for_done(tmp_path):
+    path, out = write_grid(tmp_path, BASELINE), tmp_path / "out"
+    theirs, mine = (
+        plan_grid(load_grid(str(path)), out=out, overrides=[f"optimizer.lr={lr}"])[0].config for lr in (0.01, 0.02)
+    )
+    RunFolder(theirs.folder).begin(theirs)
+    RunFolder(theirs.folder).result.write_text("{}")
+    assert workers._claim(theirs) == workers.attempt(theirs) == workers.Ending("done")
+    for ending in (workers._claim(mine), workers.attempt(mine)):
+        assert ending and ending.what == "failed"
+        assert "optimizer.lr (was 0.01, now 0.02); another --out" in ending.reason
+
+
+@pytest.mark.parametrize(
+    ("code", "what"), [(0, "finished"), (75, "stopped"), (-15, "stopped"), (-9, "failed"), (2, "failed"), (1, "failed")]
+)
+def test_a_process_has_stopped_only_if_it_says_so(code, what, tmp_path):
+    (config,) = (run.config for run in plan_grid(load_grid(str(write_grid(tmp_path, BASELINE))), out=tmp_path))
+    config.folder.mkdir()
+    (config.folder / workers.LOG).write_text("error: the last line\n")
+    assert workers._ended(code, config).what == what
+
+
+@pytest.mark.parametrize("stops", [1, workers.RESCHEDULES, workers.RESCHEDULES + 1])
+def test_a_run_that_somebody_else_stopped_goes_on(stops, tmp_path):
+    """As often as Ray reschedules one; a run that never finishes is not left without a word."""
+    grid, out = load_grid(str(write_grid(tmp_path, BASELINE))), tmp_path / "out"
+
+    def place(todo, stop):
+        stopped = 0
+        while todo:
+            run = todo.popleft()
+            yield workers.Event(run, "started")
+            yield workers.Event(run, "stopped" if stopped < stops else "finished")
+            stopped += 1
+
+    summary = reproduce(grid, plan_grid(grid, out=out), 1.0, out, place, quiet())
+    if stops > workers.RESCHEDULES:
+        assert summary.failed == {RUNS[0]: f"stopped {stops} times, and not by this command; it is saved"}
+    else:
+        assert (summary.finished, summary.failed) == ([RUNS[0]], {})
+        assert events(out, RUNS[0]) == ["started", "stopped"] * stops + ["started", "finished"]
+
+
+def test_runs_are_numbered_as_they_begin(tmp_path):
+    grid, out = load_grid(str(write_grid(tmp_path, BASELINE, CUTNMIX, DIVERGES))), tmp_path / "out"
+
+    def place(todo, stop):
+        begun = [todo.popleft() for _ in range(3)]
+        for run in begun:
+            yield workers.Event(run, "started")
+        yield workers.Event(begun[1], "failed")
+        yield workers.Event(todo.popleft(), "started")
+
+    told = io.StringIO()
+    display = Display(Console(file=told, width=200))
+    reproduce(grid, plan_grid(grid, out=out), 1.0, out, place, display)
+    numbers = [line.split()[0] for line in told.getvalue().splitlines() if line.startswith("[")]
+    assert numbers == ["[1/3]", "[2/3]", "[3/3]", "[2/3]"]
+
+
 def test_runs_of_a_data_set_that_is_not_there_are_left_out(tmp_path):
     path, out = write_grid(tmp_path, BASELINE), tmp_path / "out"
     summary = run_grid(path, out, leave_out={"digits"})
