@@ -468,6 +468,28 @@ def test_runs_are_numbered_as_they_begin(tmp_path):
     assert numbers == ["[1/3]", "[2/3]", "[3/3]", "[2/3]"]
 
 
+def test_a_report_that_cannot_be_written_hides_no_ending(tmp_path, command, monkeypatch):
+    """The exit status is 1 where all runs ended well, and 75 after SIGTERM."""
+    path, out = write_grid(tmp_path, BASELINE), tmp_path / "out"
+    out.mkdir()
+    (out / "tiny").touch()  # where its folder would be
+
+    def place(todo, stop, display):
+        yield workers.Event(todo.popleft(), "finished")
+
+    monkeypatch.setattr(workers, "here", place)
+    code, told, _ = command(path, "--out", out, "--no-measure")
+    assert code == 1
+    assert "the report could not be written: FileExistsError" in told and "tiny: 1 finished, 0 failed" in told
+
+    def stopped(todo, stop, display):
+        stop.append(signal.SIGTERM)
+        yield workers.Event(todo.popleft(), "stopped")
+
+    monkeypatch.setattr(workers, "here", stopped)
+    assert command(path, "--out", out, "--no-measure")[0] == 75
+
+
 def test_runs_of_a_data_set_that_is_not_there_are_left_out(tmp_path):
     path, out = write_grid(tmp_path, BASELINE), tmp_path / "out"
     summary = run_grid(path, out, leave_out={"digits"})

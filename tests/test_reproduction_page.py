@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 
 from cutnmix.benchmarks.reproduce import curves, sheets
+from cutnmix.benchmarks.reproduce.drive import reproduce
 from cutnmix.benchmarks.reproduce.findings import AGAINST, AGREES, LEANS, MIXED, OPEN, findings
-from cutnmix.benchmarks.reproduce.grid import Grid, Planned, Row, load_grid, plan_grid
+from cutnmix.benchmarks.reproduce.grid import Grid, Planned, Row, load_grid, plan_grid, with_what_lies_there
 from cutnmix.benchmarks.reproduce.paper import Value, contradictions, load_table
 from cutnmix.benchmarks.reproduce.report import write
 from cutnmix.benchmarks.reproduce.results import Results, collect, pairs_in_order, ranks, value_of
 from cutnmix.trainer.config import ConfigError, load_config
+from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunFolder
 from cutnmix.trainer.run import train
 
@@ -260,6 +262,36 @@ def test_the_stamp_says_what_the_runs_are(grid, scale, keys, text, comparable, m
     assert collect(which, plan, scale).stamp == (text, comparable)
 
 
+@pytest.mark.parametrize(
+    ("keys", "said", "comparable"),
+    [
+        (["schedule=cosine"], ", schedule=cosine", False),
+        (["schedule.milestones=[10, 20]"], ", schedule.milestones=[10, 20]", False),
+        (["batch_size=512", "optimizer.lr=0.4"], ", batch_size=512, optimizer.lr=0.4", False),
+        (["distort.flip=0"], ", distort.flip=0", False),
+        (["distort.cutout=16"], ", distort.cutout=16", False),
+        (["batch_size=64"], ", batch_size=64", True),  # as the recipe has it
+        (["precision=fp32", "data.root=elsewhere", "eval_every=10"], "", True),
+    ],
+    ids=str,
+)
+def test_runs_with_other_keys_than_the_papers_are_not_stamped_as_its(keys, said, comparable, maker):
+    only = {"data": ["cifar100"], "network": ["resnet32"], "method": ["baseline", "cutnmix"]}
+    grid, plan = maker.plan("table1", only=only, seeds=[95], overrides=keys)
+    verdict = "the paper's schedule and data" if comparable else "not comparable to the paper"
+    assert collect(grid, plan, 1.0).stamp == (f"SCALE 1: 240 epochs, all images{said}; {verdict}", comparable)
+
+
+def test_the_stamp_of_rows_with_fewer_images_and_rows_with_all(maker):
+    fewer = Row(
+        name="b", label="B", recipe="table1/baseline", overrides=["data.images_per_class=50", "data.classes=20"]
+    )
+    rows = [Row(name="a", label="A", recipe="table1/baseline"), fewer]
+    grid = Grid(name="g", title="G", seeds=[95], data=["cifar100"], networks=["resnet20"], rows=rows)
+    text = collect(grid, plan_grid(grid, out=maker.out), 1.0).stamp.text
+    assert text == "SCALE 1: 240 epochs, 50 to all images a class, 20, all classes; not comparable to the paper"
+
+
 # Sentences
 
 
@@ -350,6 +382,33 @@ def test_the_report_works_with_any_part_of_the_runs(done, maker):
     assert sorted(path.name for path in maker.out.iterdir() if path.is_file()) == [
         "curves-cifar100-resnet32.png", "report-cells.csv", "report.csv", "report.html", "report.md",
     ]  # fmt: skip
+
+
+def test_a_selection_leaves_what_was_done_before_on_the_page(maker):
+    def reported(done: list[Planned], **keys) -> list[tuple[str, str, str]]:
+        grid, plan = maker.plan("s1", **keys)
+        for planned in done:
+            maker.run(planned, 70.0)
+        page = reproduce(
+            grid, plan, 1.0, maker.out / "runs", lambda todo, stop: (event for event in ()), Display()
+        ).page
+        assert page and f"{len(done)} of {len(done)} runs done" in page.read_text()
+        lines = rows(page.with_name("report.csv"))
+        return [(line["method"], line["seed"], line["state"]) for line in lines]
+
+    names = [row.name for row in load_grid("s1").rows]
+    every = maker.plan("s1")[1] + maker.plan("s1", seeds=[7], only={"method": ["dml"]})[1]
+    expected = [(name, seed, "done") for name in names for seed in ["7"] * (name == "dml") + ["95", "96", "97"]]
+    assert reported(every, seeds=[97], only={"method": ["dml", "cutnmix"]}) == expected
+
+
+def test_what_the_overrides_make_no_run_of_is_not_on_the_page(maker):
+    grid, plan = maker.plan("s1", seeds=[95], only={"method": ["baseline", "dml"]})
+    for planned in plan:
+        maker.run(planned, 70.0)
+    of_one = {"seeds": [96], "only": {"method": ["cutnmix"]}, "overrides": ["method.beta=0.5"]}  # a key of its alone
+    _, plan = maker.plan("s1", **of_one)
+    assert with_what_lies_there(grid, plan, 1.0, maker.out / "runs") == plan
 
 
 def test_before_any_run_there_is_a_page(maker):

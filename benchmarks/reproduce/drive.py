@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from cutnmix.benchmarks.reproduce import report
-from cutnmix.benchmarks.reproduce.grid import Grid, Planned, Scale
+from cutnmix.benchmarks.reproduce.grid import Grid, Planned, Scale, with_what_lies_there
 from cutnmix.benchmarks.reproduce.ledger import Ledger
 from cutnmix.benchmarks.reproduce.workers import OTHERWISE, RESCHEDULES, Events
 from cutnmix.trainer.display import Display
@@ -27,7 +27,7 @@ class Summary(NamedTuple):
     finished: list[str]
     failed: dict[str, str]  # run -> reason, after all attempts
     taken: list[str]  # another process is at work on them
-    page: Path  # report.html
+    page: Path | None  # report.html, if it could be written
 
 
 class Halted(Stopped):
@@ -67,6 +67,7 @@ def reproduce(
 ) -> Summary:
     """Run all of the plan that is not done, in that place, and write the report after each run and at the end.
 
+    The report is of all that lies in `out` of the grid at that scale, whatever of it was planned this time.
     A run that was stopped, but not by this command, goes on. Runs on the data sets in `leave_out` stay as they are.
     Raises: RunError for a folder with other keys, before any work; Halted on SIGTERM and SIGINT.
     """
@@ -83,7 +84,16 @@ def reproduce(
     finished: list[str] = []
     failed: dict[str, str] = {}
     taken: list[str] = []
-    total, folder = len(todo), page_folder(grid, scale, out)
+    total = len(todo)
+
+    def write_report() -> Path | None:
+        try:
+            return report.write(
+                grid, with_what_lies_there(grid, plan, scale, out), scale, page_folder(grid, scale, out)
+            )
+        except Exception as error:  # the runs matter more, and how they ended
+            display.note(f"the report could not be written: {type(error).__name__}: {error}")
+
     with noted_signals() as stop, closing(place(todo, stop)) as events:
         for event in events:
             name = event.planned.config.folder.name
@@ -97,10 +107,7 @@ def reproduce(
             display.note(f"{name}: {_WORDS[event.what]}{': ' if event.reason else ''}{event.reason}")
             if event.what in ("finished", "done"):
                 finished.append(name)
-                try:
-                    _write_report(grid, plan, scale, folder)
-                except Exception as error:  # the runs matter more; at the end it is tried once more, and may raise
-                    display.note(f"the report could not be written: {type(error).__name__}: {error}")
+                write_report()
             elif event.what == "taken":
                 taken.append(name)
             elif event.what == "failed":
@@ -116,7 +123,7 @@ def reproduce(
                     failed[name] = f"stopped {stops[name]} times, and not by this command; it is saved"
                 else:
                     todo.append(event.planned)
-    page = _write_report(grid, plan, scale, folder)
+    page = write_report()
     if stop:
         raise Halted(stop[0], out)
     return Summary(finished, failed, taken, page)
@@ -130,8 +137,3 @@ _WORDS = {
     "taken": "another process is at work on it; left to that",
     "done": "finished meanwhile by another process",
 }
-
-
-def _write_report(grid: Grid, plan: Sequence[Planned], scale: float, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return report.write(grid, list(plan), scale, folder)
