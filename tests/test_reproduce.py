@@ -15,6 +15,7 @@ import pytest
 import torch
 from processes import Started, wait_until
 from rich.console import Console
+from safetensors.torch import save_file
 from test_resume import assert_same, comparable_records, final_state, steps_on_record
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,6 +25,7 @@ from cutnmix.benchmarks.reproduce.drive import LEDGER, page_folder, reproduce, s
 from cutnmix.benchmarks.reproduce.grid import IMAGES_PER_CLASS, Scale, grids, load_grid, plan_grid
 from cutnmix.benchmarks.reproduce.ledger import Ledger
 from cutnmix.configs import shipped
+from cutnmix.models.cost import cost
 from cutnmix.models.peers import build_peer
 from cutnmix.pipeline.datasets import load_splits
 from cutnmix.trainer import cli
@@ -304,6 +306,22 @@ def test_flops_are_those_of_a_real_forward_and_backward():
 def test_passes_of_a_method_over_a_network(recipe, passes):
     one_pass = estimate.work(load_config("table1/baseline")).train_flops / 3
     assert estimate.work(load_config(f"table1/{recipe}")).train_flops == pytest.approx(passes * one_pass)
+
+
+@pytest.mark.parametrize(("views", "answers"), [("shared", 1), ("per_peer", 3)])
+def test_a_teacher_costs_what_its_own_network_does_a_view(views, answers, tmp_path):
+    """Not what its students cost, nor once for each of those that share a view."""
+    file = tmp_path / "teacher.safetensors"
+    weights = build_peer("resnet110", 100, seed=0, j=0).state_dict()
+    save_file(weights, file, {"network": "resnet110", "num_classes": "100", "peer": "0"})
+    keys = ["peers.network=resnet32", "peers.count=3", f"views={views}", f"method.teacher={file}"]
+    config = load_config("table1/baseline", ["method=kd", *keys])
+    student, teacher = (cost(name, 100, (32, 32)).macs for name in ("resnet32", "resnet110"))
+    work = estimate.work(config)
+    assert work.train_flops == 2 * 50_000 * 240 * (3 * 3 * student + answers * teacher)
+    assert work.test_flops == 2 * 10_000 * 240 * (3 * student + teacher)
+    file.unlink()  # of a run that is still to come: taken for a student
+    assert estimate.work(config).train_flops == 2 * 50_000 * 240 * (3 * 3 + answers) * student
 
 
 def test_branches_cost_less_than_networks():

@@ -550,6 +550,15 @@ def test_in_a_browser_it_opens_sorts_and_fits(width, maker):
     assert seen["loaded"] == 0
 
 
+def test_a_figure_has_the_labels_as_they_are():
+    points = tuple((float(epoch), 50.0 + epoch / 3, None) for epoch in range(1, 9))
+    labels = ["beta = 0.03", "beta = 0.003 and more", 'T = 1.25 "warm"']
+    drawn = curves.svg(tuple(curves.Line(label, points, "#000000", "-") for label in labels), 7.4, 3.7)
+    texts = re.findall(r">([^<]*)</text>", drawn)
+    assert [text for text in texts if text.endswith("  52.7")] == [f"{label}  52.7" for label in labels]
+    assert not re.search(r"<path [^>]*\d\.\d\d", drawn)  # all else is shortened
+
+
 def test_long_labels_and_shorter_schedules_leave_room_for_the_curves():
     points = tuple((float(epoch), 50.0 + epoch, None) for epoch in range(1, 9))
     long = curves.Line("A method of a very long name " * 4, points, "#000000", "-")

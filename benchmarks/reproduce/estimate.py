@@ -1,7 +1,8 @@
 """What a plan will cost: images and FLOPs by arithmetic, time from a few real steps of each network.
 
     FLOP of training = images x MACs x 2 x 3, over the networks that are trained: 2 a MAC, backward = 2 x forward
-    FLOP of a network that only predicts, such as a teacher, and of the evaluations = images x MACs x 2
+    FLOP of a network that only predicts, such as a teacher, and of the evaluations = images x MACs x 2; a teacher's
+    images are the views, which several peers may share
     seconds = FLOP / (FLOP of a step / its seconds), each network at the rate of its own measured step
 
 MACs as models/cost.py counts them. The optimizer, the norms and starting up are not counted.
@@ -10,11 +11,14 @@ MACs as models/cost.py counts them. The optimizer, the norms and starting up are
 import statistics
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 from cutnmix.benchmarks.reproduce.grid import IMAGES_PER_CLASS, Planned
 from cutnmix.models.cost import branches_cost, cost
+from cutnmix.models.saved import network_name
 from cutnmix.pipeline.datasets import DataError
 from cutnmix.pipeline.distort import view_size
 from cutnmix.pipeline.plan import Distort
@@ -83,14 +87,14 @@ def work(config: Config) -> Work:
     """
     data = sizes(config)
     macs, parameters = _peers_cost(config, data)
+    teacher = _teacher_macs(config, data)
     views = 2 if config.needs.second == "image" else 1  # of an image and peer, trained on
-    predicted = config.needs.predicts + bool(config.method.get("teacher"))
     seen = data.train * config.epochs
     evaluations = -(-config.epochs // config.eval_every)  # the last epoch is always evaluated
     return Work(
         images=seen * (2 if config.needs.second else 1),
-        train_flops=2 * seen * macs * (3 * views + predicted),
-        test_flops=2 * data.test * evaluations * macs,
+        train_flops=2 * seen * (macs * (3 * views + config.needs.predicts) + teacher * config.num_views),
+        test_flops=2 * data.test * evaluations * (macs + teacher),
         disk_bytes=5 * 4 * parameters,
     )
 
@@ -107,6 +111,16 @@ def _peers_cost(config: Config, data: Sizes) -> tuple[int, int]:
         raise ConfigError(str(error)) from error
     cut = branches.shared if config.views == "shared" else branches.per_peer
     return cut.macs, cut.parameters
+
+
+def _teacher_macs(config: Config, data: Sizes) -> int:
+    """MACs of a view through a trained teacher, or 0; one that is not there yet counts as the first peer's network."""
+    teacher, own = config.method.get("teacher"), config.peers.networks[0]
+    if not teacher:
+        return 0
+    with suppress(ValueError):
+        own = network_name(Path(str(teacher)).expanduser(), peer=config.method.get("teacher_peer", 0))
+    return _cost(own, data.classes, data.size).macs
 
 
 _cost, _branches_cost = cache(cost), cache(branches_cost)
