@@ -15,11 +15,11 @@ import pytest
 
 from cutnmix.benchmarks.reproduce import curves, sheets
 from cutnmix.benchmarks.reproduce.drive import reproduce
-from cutnmix.benchmarks.reproduce.findings import AGAINST, AGREES, LEANS, MIXED, OPEN, findings
+from cutnmix.benchmarks.reproduce.findings import AGAINST, AGREES, LEANS, MIXED, OPEN, chance, findings
 from cutnmix.benchmarks.reproduce.grid import Grid, Planned, Row, load_grid, plan_grid, with_what_lies_there
 from cutnmix.benchmarks.reproduce.paper import Value, contradictions, load_table
 from cutnmix.benchmarks.reproduce.report import write
-from cutnmix.benchmarks.reproduce.results import Results, collect, pairs_in_order, ranks, value_of
+from cutnmix.benchmarks.reproduce.results import Difference, Results, collect, pairs_in_order, ranks, value_of
 from cutnmix.trainer.config import ConfigError, load_config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunFolder
@@ -323,10 +323,43 @@ def test_sentences_are_no_stronger_than_n_allows(ours, verdict, says, maker):
 
 
 def test_a_claim_that_holds_in_places_is_mixed_and_the_others_are_named(maker):
-    top1 = {"baseline": BASE, "dml": [75.0], "cutmix": [72.0], "ddgsd": [70.0], "cutnmix": [74.0]}
+    top1 = {"baseline": [76.0], "dml": [75.0], "cutmix": [76.0], "ddgsd": [70.0], "kdcl": [72.0], "one": [73.0]}
+    top1["cutnmix"] = [74.0]  # below two rows that are no distillation
     found = claim(results_of(maker, top1, grid="table1"), "outperform")
     assert found.verdict == MIXED
     assert found.text.startswith("Above in 3 of 4 comparisons. Not above: Ours over DML, CIFAR-10, Vgg-16: \u22121.00")
+
+
+def test_what_distils_is_all_that_the_method_is_held_against_in_s1(maker):
+    names = [row.name for row in load_grid("s1").rows]
+    found = claim(results_of(maker, {name: [77.0 + i / 10] for i, name in enumerate(names)}, grid="s1"), "outperform")
+    assert (found.verdict, found.text.partition(" (")[0]) == (
+        LEANS,
+        "Above in 1 of 1 comparison. CutnMix + MMD + PT over DML, CIFAR-100, resnet20: +0.60",
+    )
+
+
+def test_the_papers_own_numbers_have_its_signs_and_lie_in_its_range(maker):
+    paper = load_table("table1")
+    only = {"data": ["cifar10"], "method": ["baseline", "dml", "cutmix", "cutnmix"]}
+    grid, plan = maker.plan("table1", only=only)
+    for planned in plan:
+        value = paper.value(planned.cell.data, planned.cell.network, planned.cell.row.name)
+        maker.run(planned, value.mean + (planned.seed - 96) * value.spread)
+    results = collect(grid, plan, 1.0)
+    assert "+0.73 to +1.43 over 6 networks, 6 inside that range" in claim(results, "0.73-1.43%").text
+    signs = [finding for finding in findings(results) if finding.about == "gains"]
+    assert {finding.verdict for finding in signs} == {LEANS}
+    assert "2 of 2 gains have the paper's sign" in signs[1].text  # DML on Vgg-19 gains 0.00
+
+
+def test_why_there_is_no_test_is_said_of_each_comparison():
+    differences = [Difference(1.0, 3, 0.01, 0.5, 1.5), Difference(1.0, 3, None, None, None)]
+    assert chance(differences).endswith(
+        "(paired t, p < 0.05; the one test; 1 comparison whose pairs all differ by the same)."
+    )
+    differences += [Difference(1.0, 2, None, None, None)] * 2
+    assert "; 2 comparisons with fewer than three pairs; 1 comparison whose pairs all" in chance(differences)
 
 
 def test_values_are_compared_only_at_the_papers_scale(maker):
