@@ -117,19 +117,27 @@ def filled(folder: Path, markers: str) -> list[str]:
     return tables.fill(folder / "README.md", folder).splitlines()
 
 
+def runs_of(*runs: tuple) -> list[dict]:
+    """Lines of report.csv: method, seed, state, and top-1 of the mean, the ensemble and the teacher."""
+    heads = ["method", "seed", "state", *map("last_epoch_{}_top1".format, ["mean", "ensemble", "teacher"])]
+    same = {"grid": "s1", "stamp": "SCALE 1: short", "data": "cifar100", "network": "resnet20"}
+    return [same | dict(zip(heads, run, strict=True)) for run in runs]
+
+
+def write_runs(folder: Path, runs: list[dict]) -> None:
+    (folder / "short").mkdir()
+    (folder / "short" / "runs.csv").write_text(csv_text(runs))
+
+
 def test_accuracies_are_means_over_the_finished_runs_of_each_method(tmp_path):
-    reading = "last_epoch_{}_top1".format
-    heads = ["grid", "stamp", "method", "state", reading("mean"), reading("ensemble"), reading("teacher")]
-    runs = [
-        ["s1", "SCALE 1: short", "baseline", "done", 77.5, 77.5, ""],
-        ["s1", "SCALE 1: short", "cutnmix", "done", 78, 80, 81],
-        ["s1", "SCALE 1: short", "cutmix", "begun", "", "", ""],
-        ["s1", "SCALE 1: short", "cutnmix", "done", 80, 81, 81],
-        ["s1", "SCALE 1: short", "cutnmix", "to do", "", "", ""],
-    ]
-    (tmp_path / "short").mkdir()
-    lines = [",".join(map(str, line)) for line in [heads, *[[f'"{cell}"' for cell in run] for run in runs]]]
-    (tmp_path / "short" / "runs.csv").write_text("\n".join(lines) + "\n")
+    runs = runs_of(
+        ("baseline", 95, "done", 77.5, 77.5, ""),
+        ("cutnmix", 95, "done", 78, 80, 81),
+        ("cutmix", 95, "begun", "", "", ""),
+        ("cutnmix", 96, "done", 80, 81, 81),
+        ("cutnmix", 97, "to do", "", "", ""),
+    )
+    write_runs(tmp_path, runs)
     assert filled(tmp_path, "runs:short")[1:-1] == [
         "| SCALE 1: short | n | mean of the peers | their ensemble | peer teacher |",
         "| --- | --- | --- | --- | --- |",
@@ -138,6 +146,23 @@ def test_accuracies_are_means_over_the_finished_runs_of_each_method(tmp_path):
     ]
     with pytest.raises(ValueError, match="no record of runs:long"):
         filled(tmp_path, "runs:long")
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"data": "cifar10"}, "more than one data: cifar100, cifar10"),
+        ({"network": "resnet110"}, "more than one network: resnet20, resnet110"),
+        ({"stamp": "SCALE 0.02: 5 epochs"}, "more than one stamp: SCALE 1: short, SCALE 0.02: 5 epochs"),
+        ({"grid": "ablation/views"}, "more than one grid: s1, ablation/views"),
+        ({"seed": 95}, "more than one run of cutnmix with seed 95"),
+    ],
+)
+def test_accuracies_are_not_averaged_over_what_is_not_alike(other, said, tmp_path):
+    one, two = runs_of(("cutnmix", 95, "done", 78, 80, 81), ("cutnmix", 96, "done", 80, 81, 81))
+    write_runs(tmp_path, [one, two | other])
+    with pytest.raises(ValueError, match=f"short/runs.csv: .*{said}"):
+        filled(tmp_path, "runs:short")
 
 
 def lines_of(*runs: tuple[str, float, str, float | None]) -> list[dict]:
