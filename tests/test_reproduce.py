@@ -27,7 +27,7 @@ from cutnmix.benchmarks.reproduce.ledger import Ledger
 from cutnmix.configs import shipped
 from cutnmix.models.cost import cost
 from cutnmix.models.peers import build_peer
-from cutnmix.pipeline.datasets import load_splits
+from cutnmix.pipeline.datasets import DataError, load_splits
 from cutnmix.trainer import cli
 from cutnmix.trainer.config import ConfigError, dump_config, load_config
 from cutnmix.trainer.display import Display
@@ -165,6 +165,16 @@ def test_a_mistake_in_a_grid_of_ones_own_is_laid_to_its_row(row, override, said,
     path.write_text("")
     with pytest.raises(ConfigError, match=f"{path}: must be a mapping of the keys name, title, seeds"):
         load_grid(str(path))
+
+
+def test_a_key_that_does_not_fit_the_data_is_not_taken_for_data_that_are_not_there(tmp_path):
+    path = write_grid(tmp_path, BASELINE, CUTNMIX.replace("paper}", "paper, overrides: [data.images_per_class=5000]}"))
+    for rows in (["baseline", "cutnmix"], ["cutnmix"]):
+        plan = plan_grid(load_grid(str(path)), only={"method": rows})
+        with pytest.raises(DataError, match=r"^row cutnmix: data\.images_per_class: 5000"):
+            estimate.absent_data(plan, download=False)
+    (run, *_) = plan_grid(load_grid("s1"), overrides=[f"data.root={tmp_path}"])  # a part of what is not there
+    assert estimate.absent_data([run], download=False).keys() == {"cifar100"}
 
 
 def test_a_place_for_runs_that_is_a_file_is_named(tmp_path):

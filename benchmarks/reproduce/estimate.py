@@ -156,13 +156,27 @@ def absent_data(plan: Iterable[Planned], download: bool) -> dict[str, str]:
     """The data sets of the plan that cannot be had, each with the reason. Loads every one of the others once.
 
     `download` false keeps a look at the plan from downloading anything.
+    Raises: DataError, naming the row, for keys that do not fit a data set which is there.
     """
-    absent: dict[str, str] = {}
+    there: set[str] = set()
+    refused: dict[str, tuple[Planned, str]] = {}
     different = {run.config.data.model_dump_json(): run for run in plan}
     for run in different.values():
-        data = run.config.data
-        try:
-            load_data(data.model_copy(update={"download": data.download and download}))
-        except DataError as error:
-            absent.setdefault(run.cell.data, str(error))
-    return absent
+        if reason := _refusal(run.config.data, download):
+            refused.setdefault(run.cell.data, (run, reason))
+        else:
+            there.add(run.cell.data)
+    for name, (run, reason) in refused.items():
+        whole = run.config.data.model_copy(update={"classes": None, "images_per_class": None})
+        if name in there or not _refusal(whole, download):
+            raise DataError(f"row {run.cell.row.name}: {reason}")
+    return {name: reason for name, (_, reason) in refused.items()}
+
+
+def _refusal(data: Data, download: bool) -> str:
+    """Why it cannot be loaded, or ""."""
+    try:
+        load_data(data.model_copy(update={"download": data.download and download}))
+    except DataError as error:
+        return str(error)
+    return ""
