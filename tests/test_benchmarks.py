@@ -235,8 +235,8 @@ def test_the_plain_way_updates_every_net(monkeypatch):
 def test_a_replayed_batch_costs_no_loader_and_no_mix(replay, monkeypatch):
     mixed: list[int] = []
     read: list[int] = []
-    forward, batches = MixBatch.forward, steps._batches
-    monkeypatch.setattr(steps, "_batches", lambda parts: (read.append(1) or batch for batch in batches(parts)))
+    forward, batches = MixBatch.forward, steps.batches
+    monkeypatch.setattr(steps, "batches", lambda parts: (read.append(1) or batch for batch in batches(parts)))
     monkeypatch.setattr(MixBatch, "forward", lambda *args: mixed.append(1) or forward(*args))
     overrides = steps.keys(None, "tiny", 8, 2, CPU, "method=cutnmix", "loader=resident")
     with steps.training(overrides, replay=replay) as step:

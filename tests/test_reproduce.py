@@ -28,7 +28,7 @@ from cutnmix.configs import shipped
 from cutnmix.models.cost import cost
 from cutnmix.models.peers import build_peer
 from cutnmix.pipeline.datasets import DataError, load_splits
-from cutnmix.trainer import cli
+from cutnmix.trainer import cli, overview
 from cutnmix.trainer.config import ConfigError, dump_config, load_config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunError, RunFolder
@@ -332,6 +332,16 @@ def test_a_teacher_costs_what_its_own_network_does_a_view(views, answers, tmp_pa
     assert work.test_flops == 2 * 10_000 * 240 * (3 * student + teacher)
     file.unlink()  # of a run that is still to come: taken for a student
     assert estimate.work(config).train_flops == 2 * 50_000 * 240 * (3 * 3 + answers) * student
+
+
+def test_a_measured_step_has_its_data_in_it(monkeypatch):
+    read: list[int] = []
+    batches = overview.batches
+    monkeypatch.setattr(overview, "batches", lambda parts: (read.append(1) or batch for batch in batches(parts)))
+    keys = ["method=baseline", "peers.count=1", "mix=none", "peers.network=resnet20", "data.images_per_class=4"]
+    measured = estimate.measure(load_config("quickstart", [*keys, "batch_size=8", "loader=resident", "epochs=1"]))
+    assert len(read) == 3 + estimate.STEPS  # prefetch + 1, not counted
+    assert measured.seconds > 0
 
 
 def test_branches_cost_less_than_networks():

@@ -10,7 +10,7 @@ MACs as models/cost.py counts them. The optimizer, the norms and starting up are
 
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -29,7 +29,7 @@ from cutnmix.trainer.overview import stepping
 
 CIFAR = {"cifar10": 10, "cifar100": 100}  # classes; sizes by heart, so that a plan needs no data set
 CIFAR_TEST = 10_000
-WARMUP, STEPS, SECONDS = 1, 3, 10.0  # a measurement: steps not counted, then STEPS or as many as fit into SECONDS
+STEPS, SECONDS = 3, 10.0  # a measurement: so many steps, or as many as fit into SECONDS
 
 
 class Sizes(NamedTuple):
@@ -136,20 +136,24 @@ def left(config: Config) -> float:
 
 
 def measure(config: Config) -> Measured:
-    """A few of the run's own training steps here, data and update included.
+    """A few of the run's own training steps here, data and update included: one batch of its loader after another.
 
     Raises: ConfigError, DataError as building the run does.
     """
     step_flops = work(config).train_flops / (sizes(config).train * config.epochs) * config.batch_size
-    taken: list[float] = []
-    with stepping(config) as step:
-        for _ in range(WARMUP):
-            step()
-        began = time.perf_counter()
-        while len(taken) < STEPS and (not taken or time.perf_counter() - began < SECONDS):
-            taken.append(step())
-    seconds = statistics.median(taken)
+    with stepping(config, loading=True) as step:
+        _timed(step, config.loader.prefetch + 1)  # not counted: their batches, but one, were ready beforehand
+        seconds = statistics.median(_timed(step, STEPS))
     return Measured(seconds, step_flops / seconds)
+
+
+def _timed(step: Callable[[], float], most: int) -> list[float]:
+    """Seconds of so many steps, or of as many as fit into SECONDS."""
+    began = time.perf_counter()
+    taken = [step()]
+    while len(taken) < most and time.perf_counter() - began < SECONDS:
+        taken.append(step())
+    return taken
 
 
 def absent_data(plan: Iterable[Planned], download: bool) -> dict[str, str]:
