@@ -1,6 +1,8 @@
 """Records, plots and the tables made of them: a figure looks the same wherever it stands, and none is lost."""
 
+import csv
 import re
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from cutnmix.benchmarks import __main__ as commands
 from cutnmix.benchmarks import plots, records, tables
 from cutnmix.benchmarks.measure import Spread
 from cutnmix.benchmarks.records import Sheet, make_record, number, read_records, sheets_of, text
+from cutnmix.benchmarks.reproduce.grid import load_grid
 from cutnmix.trainer.compare import Compared, Comparison, write_csv
 from cutnmix.trainer.folder import csv_text
 
@@ -115,6 +118,25 @@ def filled(folder: Path, markers: str) -> list[str]:
     """The lines of a document of two markers."""
     (folder / "README.md").write_text(f"<!-- {markers} -->\nold\n<!-- /{markers.partition(':')[0]} -->\n")
     return tables.fill(folder / "README.md", folder).splitlines()
+
+
+def test_grids_that_share_a_run_have_the_same_record_of_it():
+    """A run of one record whose method is a row of another's grid stands there too, figure by figure."""
+    paths = sorted((ROOT / "benchmarks" / "results").glob("*/runs.csv"))
+    read = [list(csv.DictReader(path.read_text().splitlines())) for path in paths]
+    names = ("data", "network", "method", "seed", "epochs")
+    records = {runs[0]["grid"]: {tuple(run[name] for name in names): run for run in runs} for runs in read}
+    shared = 0
+    for one, other in permutations(records, 2):
+        rows = {row.name for row in load_grid(other).rows}
+        for key, run in records[one].items():
+            if run["method"] in rows:
+                assert key in records[other], f"{other} lacks {run['method']} with seed {run['seed']}, which {one} has"
+                theirs = records[other][key]
+                of_both = run.keys() & theirs.keys() - {"grid", "stamp"}
+                assert {name: run[name] for name in of_both} == {name: theirs[name] for name in of_both}, (one, other)
+                shared += 1
+    assert shared >= 18
 
 
 def runs_of(*runs: tuple) -> list[dict]:
