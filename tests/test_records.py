@@ -6,6 +6,8 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from cutnmix.benchmarks import __main__ as commands
 from cutnmix.benchmarks import plots, records, tables
@@ -62,6 +64,18 @@ def test_a_plot_of_what_may_be_missing(tmp_path):
     one = Sheet("One", "ms", "J", {"timm": {"1": None}, "cutnmix": {"1": 0.0}})
     plots.draw_record(make_record("sample", [SHEET, nothing, one], {}), tmp_path / "sample.png")
     assert [path.name for path in tmp_path.iterdir()] == ["sample.png"]
+
+
+def test_millions_leave_room_for_their_unit(monkeypatch, tmp_path):
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, _: drawn.append(figure))
+    rows = {"2 x 1": {"1": 1_092_496, "8": 8_741_740}, "1 x 2": {"1": 3_208, "8": 3_208}}
+    plots.draw_record(make_record("sample", [Sheet("What it takes", "bytes", "J", rows)], {}), tmp_path / "sample.png")
+    FigureCanvasAgg(drawn[0]).draw()
+    (axes,) = drawn[0].axes
+    ticks = [label for label in axes.get_yticklabels() if label.get_text()]
+    assert {"10k", "100k", "1M", "10M"} <= {label.get_text() for label in ticks}
+    assert all(label.get_window_extent().x0 >= 0 for label in [axes.yaxis.label, *ticks])
 
 
 def test_tables_round_trip(tmp_path):
