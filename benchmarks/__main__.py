@@ -60,7 +60,7 @@ def loader(
             data,
             views=_numbers(views),
             batch=batch,
-            batches=_numbers(batches),
+            batches=_numbers(batches) if batches else [],
             rounds=rounds,
             seconds=seconds,
             device=_device(device),
@@ -281,7 +281,7 @@ def _numbers(text: str) -> list[int]:
         numbers = [int(part) for part in text.split(",") if part]
     except ValueError:
         numbers = [0]
-    if any(number < 1 for number in numbers):
+    if not numbers or min(numbers) < 1:
         raise typer.BadParameter(f"{text!r} is no list of numbers such as 1,2,4")
     return numbers
 

@@ -84,8 +84,14 @@ def _draw_lines(axes: Axes, sheet: Sheet, styles: dict[str, Style]) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
     elif sheet.unit != "ratio":
         axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.9g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value) if high >= 1e6 else f"{value:,.9g}"))
     _label_ends(axes, ends, styles)
+
+
+def _short(value: float) -> str:
+    """10k, 2.5M: a number for the little room to the left of an axis."""
+    size, unit = (1e6, "M") if value >= 1e6 else (1e3, "k") if value >= 1e3 else (1, "")
+    return f"{value / size:g}{unit}"
 
 
 def _label_ends(axes: Axes, ends: list[tuple[str, float, Any]], styles: dict[str, Style]) -> None:

@@ -7,7 +7,6 @@ mixed before. `lineage` is mutual learning as public code of its kind trains it:
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from itertools import count as count_up
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,9 @@ from cutnmix.models.peers import build_peer
 from cutnmix.pipeline import Dataset, Views
 from cutnmix.pipeline.batch import Batch
 from cutnmix.pipeline.plan import Draws
-from cutnmix.trainer.build import Parts, build
+from cutnmix.trainer.build import build
 from cutnmix.trainer.config import load_config
+from cutnmix.trainer.overview import batches
 from cutnmix.trainer.step import Step, Tally
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
@@ -49,20 +49,20 @@ def training(overrides: list[str], *, replay: bool = False) -> Iterator[STEP]:
     torch._dynamo.reset()  # it compiles no function more than a few times a process, then it is eager without a word
     torch.backends.cudnn.benchmark = True  # as a run has it
     parts = build(load_config("quickstart", overrides))
-    step, batches = parts.step, _batches(parts)
+    step, given = parts.step, batches(parts)
     if replay:
-        views, draws = next(batches)
+        views, draws = next(given)
         mixed: Any = _Replay(step.mix(views, draws))
         step = Step(mixed, step.device_type, step.dtype, compiled=parts.setting.compile == "step")
-        batches.close()
-        batches = _again(views, draws)
+        given.close()
+        given = _again(views, draws)
     tally = Tally([])
 
     def one() -> None:
-        step.train(parts.learner, *next(batches), tally, lr=LR, share=1.0, update=True)
+        step.train(parts.learner, *next(given), tally, lr=LR, share=1.0, update=True)
 
     yield one
-    batches.close()
+    given.close()
     parts.close()
 
 
@@ -75,13 +75,6 @@ class _Replay(nn.Module):
 
     def forward(self, views: Views, draws: Draws) -> Batch:
         return self.batch
-
-
-def _batches(parts: Parts) -> Generator[tuple[Views, Draws], None, None]:
-    for epoch in count_up():
-        plan = parts.plan(epoch)
-        for step, views in enumerate(parts.loader.epoch(plan)):
-            yield views, plan.step(step)
 
 
 def _again(views: Views, draws: Draws) -> Generator[tuple[Views, Draws], None, None]:

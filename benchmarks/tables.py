@@ -10,6 +10,7 @@ Nobody types a figure, so none can differ from what was measured; a test checks 
 import csv
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +64,16 @@ def accuracies(runs: list[Line]) -> str:
     """The finished runs of a grid on one network as Markdown, a line a method: top-1 percent of the last epoch.
 
     The mean over n seeds, with the sample standard deviation where n > 1. A method without a finished run has no line.
+
+    Raises:
+        ValueError: for runs of several grids, stamps, data sets or networks, or two of a method and seed.
     """
+    for one in ("grid", "stamp", "data", "network"):
+        if len(found := dict.fromkeys(run[one] for run in runs)) > 1:
+            raise ValueError(f"its runs are of more than one {one}: {', '.join(found)}")
+    counts = Counter((run["method"], run["seed"]) for run in runs)
+    if twice := [f"{method} with seed {seed}" for (method, seed), count in counts.items() if count > 1]:
+        raise ValueError(f"it has more than one run of {', '.join(twice)}")
     labels = {row.name: row.label for row in load_grid(runs[0]["grid"]).rows}
     rows = []
     for method in dict.fromkeys(run["method"] for run in runs if run["state"] == "done"):

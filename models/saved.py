@@ -18,6 +18,27 @@ def load_network(path: Path, *, peer: int = 0, num_classes: int | None = None) -
     Raises: ValueError, naming the file, if it is not there or cannot be read, does not say what it is, is the mean of
     several peers, or has other classes than `num_classes`, where that is given.
     """
+    path, metadata, weights = _read(path, peer)
+    name, told = metadata["network"], metadata["num_classes"]
+    if num_classes is not None and told != str(num_classes):
+        raise ValueError(f"{path} tells {told} classes apart, not {num_classes}")
+    try:
+        its_classes = int(told)
+        network = build_peer(name, its_classes, seed=0, j=0)
+        network.load_state_dict(weights)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is no {name!r} of this version: {error}") from error
+    return network.eval()
+
+
+def network_name(path: Path, *, peer: int = 0) -> str:
+    """Which network it is that load_network reads there. Raises: ValueError where that cannot read it."""
+    _, metadata, _ = _read(path, peer)
+    return metadata["network"]
+
+
+def _read(path: Path, peer: int) -> tuple[Path, dict[str, str], dict[str, Tensor]]:
+    """The file, what it says of itself, and its weights."""
     if path.is_dir():
         path = _file_of(path, peer)
     if not path.exists():
@@ -31,16 +52,7 @@ def load_network(path: Path, *, peer: int = 0, num_classes: int | None = None) -
         raise ValueError(f"{path} does not say what it is: its metadata lack {', '.join(sorted(missing))}")
     if metadata.get("peer") == "mean":
         raise ValueError(f"{path} is the mean of several peers, and no network; export one of them")
-    name, told = metadata["network"], metadata["num_classes"]
-    if num_classes is not None and told != str(num_classes):
-        raise ValueError(f"{path} tells {told} classes apart, not {num_classes}")
-    try:
-        its_classes = int(told)
-        network = build_peer(name, its_classes, seed=0, j=0)
-        network.load_state_dict(weights)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is no {name!r} of this version: {error}") from error
-    return network.eval()
+    return path, metadata, weights
 
 
 def _file_of(run: Path, peer: int) -> Path:

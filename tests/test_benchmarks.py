@@ -159,12 +159,23 @@ def test_the_command_line_passes_on(monkeypatch, tmp_path, capsys):
         ["mix", "--device=tpu"],
         ["step", "--rounds=0"],
         ["mix", "--views=0"],
+        ["memory", "--views="],
+        ["peers", "--views=,"],
+        ["all", "--views="],
     ],
 )
-def test_what_makes_no_sense_is_refused(options):
+def test_what_makes_no_sense_is_refused(options, tmp_path):
     with pytest.raises(SystemExit) as left:
-        commands.app(options)
+        commands.app([*options, f"--out={tmp_path}"])
     assert left.value.code == 2
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_benchmark_of_no_batch_sizes_is_one_of_numbers_of_views_alone(monkeypatch, tmp_path):
+    given: dict = {}
+    monkeypatch.setattr(loaders, "measure", lambda *_, **keys: given.update(keys) or [Sheet("t", "ms", "J", {})])
+    commands.app(["loader", "--batches=", "--views=1", f"--out={tmp_path}"], standalone_mode=False)
+    assert (given["views"], given["batches"]) == ([1], [])
 
 
 # All contenders do the same work
@@ -224,8 +235,8 @@ def test_the_plain_way_updates_every_net(monkeypatch):
 def test_a_replayed_batch_costs_no_loader_and_no_mix(replay, monkeypatch):
     mixed: list[int] = []
     read: list[int] = []
-    forward, batches = MixBatch.forward, steps._batches
-    monkeypatch.setattr(steps, "_batches", lambda parts: (read.append(1) or batch for batch in batches(parts)))
+    forward, batches = MixBatch.forward, steps.batches
+    monkeypatch.setattr(steps, "batches", lambda parts: (read.append(1) or batch for batch in batches(parts)))
     monkeypatch.setattr(MixBatch, "forward", lambda *args: mixed.append(1) or forward(*args))
     overrides = steps.keys(None, "tiny", 8, 2, CPU, "method=cutnmix", "loader=resident")
     with steps.training(overrides, replay=replay) as step:

@@ -1,14 +1,19 @@
 """Records, plots and the tables made of them: a figure looks the same wherever it stands, and none is lost."""
 
+import csv
 import re
+from itertools import permutations
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from cutnmix.benchmarks import __main__ as commands
 from cutnmix.benchmarks import plots, records, tables
 from cutnmix.benchmarks.measure import Spread
 from cutnmix.benchmarks.records import Sheet, make_record, number, read_records, sheets_of, text
+from cutnmix.benchmarks.reproduce.grid import load_grid
 from cutnmix.trainer.compare import Compared, Comparison, write_csv
 from cutnmix.trainer.folder import csv_text
 
@@ -59,6 +64,18 @@ def test_a_plot_of_what_may_be_missing(tmp_path):
     one = Sheet("One", "ms", "J", {"timm": {"1": None}, "cutnmix": {"1": 0.0}})
     plots.draw_record(make_record("sample", [SHEET, nothing, one], {}), tmp_path / "sample.png")
     assert [path.name for path in tmp_path.iterdir()] == ["sample.png"]
+
+
+def test_millions_leave_room_for_their_unit(monkeypatch, tmp_path):
+    drawn: list[Figure] = []
+    monkeypatch.setattr(plots, "_save", lambda figure, _: drawn.append(figure))
+    rows = {"2 x 1": {"1": 1_092_496, "8": 8_741_740}, "1 x 2": {"1": 3_208, "8": 3_208}}
+    plots.draw_record(make_record("sample", [Sheet("What it takes", "bytes", "J", rows)], {}), tmp_path / "sample.png")
+    FigureCanvasAgg(drawn[0]).draw()
+    (axes,) = drawn[0].axes
+    ticks = [label for label in axes.get_yticklabels() if label.get_text()]
+    assert {"10k", "100k", "1M", "10M"} <= {label.get_text() for label in ticks}
+    assert all(label.get_window_extent().x0 >= 0 for label in [axes.yaxis.label, *ticks])
 
 
 def test_tables_round_trip(tmp_path):
@@ -117,19 +134,46 @@ def filled(folder: Path, markers: str) -> list[str]:
     return tables.fill(folder / "README.md", folder).splitlines()
 
 
+def test_grids_that_share_a_run_have_the_same_record_of_it():
+    """A run of one record whose method is a row of another's grid stands there too, figure by figure."""
+    paths = sorted((ROOT / "benchmarks" / "results").glob("*/runs.csv"))
+    read = [list(csv.DictReader(path.read_text().splitlines())) for path in paths]
+    names = ("data", "network", "method", "seed", "epochs")
+    records = {runs[0]["grid"]: {tuple(run[name] for name in names): run for run in runs} for runs in read}
+    shared = 0
+    for one, other in permutations(records, 2):
+        rows = {row.name for row in load_grid(other).rows}
+        for key, run in records[one].items():
+            if run["method"] in rows:
+                assert key in records[other], f"{other} lacks {run['method']} with seed {run['seed']}, which {one} has"
+                theirs = records[other][key]
+                of_both = run.keys() & theirs.keys() - {"grid", "stamp"}
+                assert {name: run[name] for name in of_both} == {name: theirs[name] for name in of_both}, (one, other)
+                shared += 1
+    assert shared >= 18
+
+
+def runs_of(*runs: tuple) -> list[dict]:
+    """Lines of report.csv: method, seed, state, and top-1 of the mean, the ensemble and the teacher."""
+    heads = ["method", "seed", "state", *map("last_epoch_{}_top1".format, ["mean", "ensemble", "teacher"])]
+    same = {"grid": "s1", "stamp": "SCALE 1: short", "data": "cifar100", "network": "resnet20"}
+    return [same | dict(zip(heads, run, strict=True)) for run in runs]
+
+
+def write_runs(folder: Path, runs: list[dict]) -> None:
+    (folder / "short").mkdir()
+    (folder / "short" / "runs.csv").write_text(csv_text(runs))
+
+
 def test_accuracies_are_means_over_the_finished_runs_of_each_method(tmp_path):
-    reading = "last_epoch_{}_top1".format
-    heads = ["grid", "stamp", "method", "state", reading("mean"), reading("ensemble"), reading("teacher")]
-    runs = [
-        ["s1", "SCALE 1: short", "baseline", "done", 77.5, 77.5, ""],
-        ["s1", "SCALE 1: short", "cutnmix", "done", 78, 80, 81],
-        ["s1", "SCALE 1: short", "cutmix", "begun", "", "", ""],
-        ["s1", "SCALE 1: short", "cutnmix", "done", 80, 81, 81],
-        ["s1", "SCALE 1: short", "cutnmix", "to do", "", "", ""],
-    ]
-    (tmp_path / "short").mkdir()
-    lines = [",".join(map(str, line)) for line in [heads, *[[f'"{cell}"' for cell in run] for run in runs]]]
-    (tmp_path / "short" / "runs.csv").write_text("\n".join(lines) + "\n")
+    runs = runs_of(
+        ("baseline", 95, "done", 77.5, 77.5, ""),
+        ("cutnmix", 95, "done", 78, 80, 81),
+        ("cutmix", 95, "begun", "", "", ""),
+        ("cutnmix", 96, "done", 80, 81, 81),
+        ("cutnmix", 97, "to do", "", "", ""),
+    )
+    write_runs(tmp_path, runs)
     assert filled(tmp_path, "runs:short")[1:-1] == [
         "| SCALE 1: short | n | mean of the peers | their ensemble | peer teacher |",
         "| --- | --- | --- | --- | --- |",
@@ -138,6 +182,23 @@ def test_accuracies_are_means_over_the_finished_runs_of_each_method(tmp_path):
     ]
     with pytest.raises(ValueError, match="no record of runs:long"):
         filled(tmp_path, "runs:long")
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"data": "cifar10"}, "more than one data: cifar100, cifar10"),
+        ({"network": "resnet110"}, "more than one network: resnet20, resnet110"),
+        ({"stamp": "SCALE 0.02: 5 epochs"}, "more than one stamp: SCALE 1: short, SCALE 0.02: 5 epochs"),
+        ({"grid": "ablation/views"}, "more than one grid: s1, ablation/views"),
+        ({"seed": 95}, "more than one run of cutnmix with seed 95"),
+    ],
+)
+def test_accuracies_are_not_averaged_over_what_is_not_alike(other, said, tmp_path):
+    one, two = runs_of(("cutnmix", 95, "done", 78, 80, 81), ("cutnmix", 96, "done", 80, 81, 81))
+    write_runs(tmp_path, [one, two | other])
+    with pytest.raises(ValueError, match=f"short/runs.csv: .*{said}"):
+        filled(tmp_path, "runs:short")
 
 
 def lines_of(*runs: tuple[str, float, str, float | None]) -> list[dict]:

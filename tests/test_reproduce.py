@@ -15,6 +15,7 @@ import pytest
 import torch
 from processes import Started, wait_until
 from rich.console import Console
+from safetensors.torch import save_file
 from test_resume import assert_same, comparable_records, final_state, steps_on_record
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,9 +25,10 @@ from cutnmix.benchmarks.reproduce.drive import LEDGER, page_folder, reproduce, s
 from cutnmix.benchmarks.reproduce.grid import IMAGES_PER_CLASS, Scale, grids, load_grid, plan_grid
 from cutnmix.benchmarks.reproduce.ledger import Ledger
 from cutnmix.configs import shipped
+from cutnmix.models.cost import cost
 from cutnmix.models.peers import build_peer
-from cutnmix.pipeline.datasets import load_splits
-from cutnmix.trainer import cli
+from cutnmix.pipeline.datasets import DataError, load_splits
+from cutnmix.trainer import cli, overview
 from cutnmix.trainer.config import ConfigError, dump_config, load_config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunError, RunFolder
@@ -163,6 +165,16 @@ def test_a_mistake_in_a_grid_of_ones_own_is_laid_to_its_row(row, override, said,
     path.write_text("")
     with pytest.raises(ConfigError, match=f"{path}: must be a mapping of the keys name, title, seeds"):
         load_grid(str(path))
+
+
+def test_a_key_that_does_not_fit_the_data_is_not_taken_for_data_that_are_not_there(tmp_path):
+    path = write_grid(tmp_path, BASELINE, CUTNMIX.replace("paper}", "paper, overrides: [data.images_per_class=5000]}"))
+    for rows in (["baseline", "cutnmix"], ["cutnmix"]):
+        plan = plan_grid(load_grid(str(path)), only={"method": rows})
+        with pytest.raises(DataError, match=r"^row cutnmix: data\.images_per_class: 5000"):
+            estimate.absent_data(plan, download=False)
+    (run, *_) = plan_grid(load_grid("s1"), overrides=[f"data.root={tmp_path}"])  # a part of what is not there
+    assert estimate.absent_data([run], download=False).keys() == {"cifar100"}
 
 
 def test_a_place_for_runs_that_is_a_file_is_named(tmp_path):
@@ -306,6 +318,32 @@ def test_passes_of_a_method_over_a_network(recipe, passes):
     assert estimate.work(load_config(f"table1/{recipe}")).train_flops == pytest.approx(passes * one_pass)
 
 
+@pytest.mark.parametrize(("views", "answers"), [("shared", 1), ("per_peer", 3)])
+def test_a_teacher_costs_what_its_own_network_does_a_view(views, answers, tmp_path):
+    """Not what its students cost, nor once for each of those that share a view."""
+    file = tmp_path / "teacher.safetensors"
+    weights = build_peer("resnet110", 100, seed=0, j=0).state_dict()
+    save_file(weights, file, {"network": "resnet110", "num_classes": "100", "peer": "0"})
+    keys = ["peers.network=resnet32", "peers.count=3", f"views={views}", f"method.teacher={file}"]
+    config = load_config("table1/baseline", ["method=kd", *keys])
+    student, teacher = (cost(name, 100, (32, 32)).macs for name in ("resnet32", "resnet110"))
+    work = estimate.work(config)
+    assert work.train_flops == 2 * 50_000 * 240 * (3 * 3 * student + answers * teacher)
+    assert work.test_flops == 2 * 10_000 * 240 * (3 * student + teacher)
+    file.unlink()  # of a run that is still to come: taken for a student
+    assert estimate.work(config).train_flops == 2 * 50_000 * 240 * (3 * 3 + answers) * student
+
+
+def test_a_measured_step_has_its_data_in_it(monkeypatch):
+    read: list[int] = []
+    batches = overview.batches
+    monkeypatch.setattr(overview, "batches", lambda parts: (read.append(1) or batch for batch in batches(parts)))
+    keys = ["method=baseline", "peers.count=1", "mix=none", "peers.network=resnet20", "data.images_per_class=4"]
+    measured = estimate.measure(load_config("quickstart", [*keys, "batch_size=8", "loader=resident", "epochs=1"]))
+    assert len(read) == 3 + estimate.STEPS  # prefetch + 1, not counted
+    assert measured.seconds > 0
+
+
 def test_branches_cost_less_than_networks():
     one, dml = (estimate.work(load_config(f"table1/{name}")) for name in ("one", "dml"))
     assert dml.train_flops / 2 < one.train_flops < dml.train_flops
@@ -405,6 +443,89 @@ def test_a_run_that_another_process_works_on_is_left_to_it(tmp_path):
             summary = reproduce(load_grid(str(path)), plan, 1.0, out, place, quiet())
             assert (summary.finished, summary.failed, summary.taken) == ([], {}, [RUNS[1]])
     assert events(out, RUNS[1])[-1] == "taken"
+
+
+def test_a_run_that_another_command_finished_with_other_keys_is_not_taken_for_done(tmp_path):
+    path, out = write_grid(tmp_path, BASELINE), tmp_path / "out"
+    theirs, mine = (
+        plan_grid(load_grid(str(path)), out=out, overrides=[f"optimizer.lr={lr}"])[0].config for lr in (0.01, 0.02)
+    )
+    RunFolder(theirs.folder).begin(theirs)
+    RunFolder(theirs.folder).result.write_text("{}")
+    assert workers._claim(theirs) == workers.attempt(theirs) == workers.Ending("done")
+    for ending in (workers._claim(mine), workers.attempt(mine)):
+        assert ending and ending.what == "failed"
+        assert "optimizer.lr (was 0.01, now 0.02); another --out" in ending.reason
+
+
+@pytest.mark.parametrize(
+    ("code", "what"), [(0, "finished"), (75, "stopped"), (-15, "stopped"), (-9, "failed"), (2, "failed"), (1, "failed")]
+)
+def test_a_process_has_stopped_only_if_it_says_so(code, what, tmp_path):
+    (config,) = (run.config for run in plan_grid(load_grid(str(write_grid(tmp_path, BASELINE))), out=tmp_path))
+    config.folder.mkdir()
+    (config.folder / workers.LOG).write_text("error: the last line\n")
+    assert workers._ended(code, config).what == what
+
+
+@pytest.mark.parametrize("stops", [1, workers.RESCHEDULES, workers.RESCHEDULES + 1])
+def test_a_run_that_somebody_else_stopped_goes_on(stops, tmp_path):
+    """As often as Ray reschedules one; a run that never finishes is not left without a word."""
+    grid, out = load_grid(str(write_grid(tmp_path, BASELINE))), tmp_path / "out"
+
+    def place(todo, stop):
+        stopped = 0
+        while todo:
+            run = todo.popleft()
+            yield workers.Event(run, "started")
+            yield workers.Event(run, "stopped" if stopped < stops else "finished")
+            stopped += 1
+
+    summary = reproduce(grid, plan_grid(grid, out=out), 1.0, out, place, quiet())
+    if stops > workers.RESCHEDULES:
+        assert summary.failed == {RUNS[0]: f"stopped {stops} times, and not by this command; it is saved"}
+    else:
+        assert (summary.finished, summary.failed) == ([RUNS[0]], {})
+        assert events(out, RUNS[0]) == ["started", "stopped"] * stops + ["started", "finished"]
+
+
+def test_runs_are_numbered_as_they_begin(tmp_path):
+    grid, out = load_grid(str(write_grid(tmp_path, BASELINE, CUTNMIX, DIVERGES))), tmp_path / "out"
+
+    def place(todo, stop):
+        begun = [todo.popleft() for _ in range(3)]
+        for run in begun:
+            yield workers.Event(run, "started")
+        yield workers.Event(begun[1], "failed")
+        yield workers.Event(todo.popleft(), "started")
+
+    told = io.StringIO()
+    display = Display(Console(file=told, width=200))
+    reproduce(grid, plan_grid(grid, out=out), 1.0, out, place, display)
+    numbers = [line.split()[0] for line in told.getvalue().splitlines() if line.startswith("[")]
+    assert numbers == ["[1/3]", "[2/3]", "[3/3]", "[2/3]"]
+
+
+def test_a_report_that_cannot_be_written_hides_no_ending(tmp_path, command, monkeypatch):
+    """The exit status is 1 where all runs ended well, and 75 after SIGTERM."""
+    path, out = write_grid(tmp_path, BASELINE), tmp_path / "out"
+    out.mkdir()
+    (out / "tiny").touch()  # where its folder would be
+
+    def place(todo, stop, display):
+        yield workers.Event(todo.popleft(), "finished")
+
+    monkeypatch.setattr(workers, "here", place)
+    code, told, _ = command(path, "--out", out, "--no-measure")
+    assert code == 1
+    assert "the report could not be written: FileExistsError" in told and "tiny: 1 finished, 0 failed" in told
+
+    def stopped(todo, stop, display):
+        stop.append(signal.SIGTERM)
+        yield workers.Event(todo.popleft(), "stopped")
+
+    monkeypatch.setattr(workers, "here", stopped)
+    assert command(path, "--out", out, "--no-measure")[0] == 75
 
 
 def test_runs_of_a_data_set_that_is_not_there_are_left_out(tmp_path):

@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 
 from cutnmix.benchmarks.reproduce import curves, sheets
-from cutnmix.benchmarks.reproduce.findings import AGAINST, AGREES, LEANS, MIXED, OPEN, findings
-from cutnmix.benchmarks.reproduce.grid import Grid, Planned, Row, load_grid, plan_grid
+from cutnmix.benchmarks.reproduce.drive import reproduce
+from cutnmix.benchmarks.reproduce.findings import AGAINST, AGREES, LEANS, MIXED, OPEN, chance, findings
+from cutnmix.benchmarks.reproduce.grid import Grid, Planned, Row, load_grid, plan_grid, with_what_lies_there
 from cutnmix.benchmarks.reproduce.paper import Value, contradictions, load_table
 from cutnmix.benchmarks.reproduce.report import write
-from cutnmix.benchmarks.reproduce.results import Results, collect, pairs_in_order, ranks, value_of
+from cutnmix.benchmarks.reproduce.results import Difference, Results, collect, pairs_in_order, ranks, value_of
 from cutnmix.trainer.config import ConfigError, load_config
+from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunFolder
 from cutnmix.trainer.run import train
 
@@ -260,6 +262,36 @@ def test_the_stamp_says_what_the_runs_are(grid, scale, keys, text, comparable, m
     assert collect(which, plan, scale).stamp == (text, comparable)
 
 
+@pytest.mark.parametrize(
+    ("keys", "said", "comparable"),
+    [
+        (["schedule=cosine"], ", schedule=cosine", False),
+        (["schedule.milestones=[10, 20]"], ", schedule.milestones=[10, 20]", False),
+        (["batch_size=512", "optimizer.lr=0.4"], ", batch_size=512, optimizer.lr=0.4", False),
+        (["distort.flip=0"], ", distort.flip=0", False),
+        (["distort.cutout=16"], ", distort.cutout=16", False),
+        (["batch_size=64"], ", batch_size=64", True),  # as the recipe has it
+        (["precision=fp32", "data.root=elsewhere", "eval_every=10"], "", True),
+    ],
+    ids=str,
+)
+def test_runs_with_other_keys_than_the_papers_are_not_stamped_as_its(keys, said, comparable, maker):
+    only = {"data": ["cifar100"], "network": ["resnet32"], "method": ["baseline", "cutnmix"]}
+    grid, plan = maker.plan("table1", only=only, seeds=[95], overrides=keys)
+    verdict = "the paper's schedule and data" if comparable else "not comparable to the paper"
+    assert collect(grid, plan, 1.0).stamp == (f"SCALE 1: 240 epochs, all images{said}; {verdict}", comparable)
+
+
+def test_the_stamp_of_rows_with_fewer_images_and_rows_with_all(maker):
+    fewer = Row(
+        name="b", label="B", recipe="table1/baseline", overrides=["data.images_per_class=50", "data.classes=20"]
+    )
+    rows = [Row(name="a", label="A", recipe="table1/baseline"), fewer]
+    grid = Grid(name="g", title="G", seeds=[95], data=["cifar100"], networks=["resnet20"], rows=rows)
+    text = collect(grid, plan_grid(grid, out=maker.out), 1.0).stamp.text
+    assert text == "SCALE 1: 240 epochs, 50 to all images a class, 20, all classes; not comparable to the paper"
+
+
 # Sentences
 
 
@@ -291,10 +323,43 @@ def test_sentences_are_no_stronger_than_n_allows(ours, verdict, says, maker):
 
 
 def test_a_claim_that_holds_in_places_is_mixed_and_the_others_are_named(maker):
-    top1 = {"baseline": BASE, "dml": [75.0], "cutmix": [72.0], "ddgsd": [70.0], "cutnmix": [74.0]}
+    top1 = {"baseline": [76.0], "dml": [75.0], "cutmix": [76.0], "ddgsd": [70.0], "kdcl": [72.0], "one": [73.0]}
+    top1["cutnmix"] = [74.0]  # below two rows that are no distillation
     found = claim(results_of(maker, top1, grid="table1"), "outperform")
     assert found.verdict == MIXED
     assert found.text.startswith("Above in 3 of 4 comparisons. Not above: Ours over DML, CIFAR-10, Vgg-16: \u22121.00")
+
+
+def test_what_distils_is_all_that_the_method_is_held_against_in_s1(maker):
+    names = [row.name for row in load_grid("s1").rows]
+    found = claim(results_of(maker, {name: [77.0 + i / 10] for i, name in enumerate(names)}, grid="s1"), "outperform")
+    assert (found.verdict, found.text.partition(" (")[0]) == (
+        LEANS,
+        "Above in 1 of 1 comparison. CutnMix + MMD + PT over DML, CIFAR-100, resnet20: +0.60",
+    )
+
+
+def test_the_papers_own_numbers_have_its_signs_and_lie_in_its_range(maker):
+    paper = load_table("table1")
+    only = {"data": ["cifar10"], "method": ["baseline", "dml", "cutmix", "cutnmix"]}
+    grid, plan = maker.plan("table1", only=only)
+    for planned in plan:
+        value = paper.value(planned.cell.data, planned.cell.network, planned.cell.row.name)
+        maker.run(planned, value.mean + (planned.seed - 96) * value.spread)
+    results = collect(grid, plan, 1.0)
+    assert "+0.73 to +1.43 over 6 networks, 6 inside that range" in claim(results, "0.73-1.43%").text
+    signs = [finding for finding in findings(results) if finding.about == "gains"]
+    assert {finding.verdict for finding in signs} == {LEANS}
+    assert "2 of 2 gains have the paper's sign" in signs[1].text  # DML on Vgg-19 gains 0.00
+
+
+def test_why_there_is_no_test_is_said_of_each_comparison():
+    differences = [Difference(1.0, 3, 0.01, 0.5, 1.5), Difference(1.0, 3, None, None, None)]
+    assert chance(differences).endswith(
+        "(paired t, p < 0.05; the one test; 1 comparison whose pairs all differ by the same)."
+    )
+    differences += [Difference(1.0, 2, None, None, None)] * 2
+    assert "; 2 comparisons with fewer than three pairs; 1 comparison whose pairs all" in chance(differences)
 
 
 def test_values_are_compared_only_at_the_papers_scale(maker):
@@ -350,6 +415,33 @@ def test_the_report_works_with_any_part_of_the_runs(done, maker):
     assert sorted(path.name for path in maker.out.iterdir() if path.is_file()) == [
         "curves-cifar100-resnet32.png", "report-cells.csv", "report.csv", "report.html", "report.md",
     ]  # fmt: skip
+
+
+def test_a_selection_leaves_what_was_done_before_on_the_page(maker):
+    def reported(done: list[Planned], **keys) -> list[tuple[str, str, str]]:
+        grid, plan = maker.plan("s1", **keys)
+        for planned in done:
+            maker.run(planned, 70.0)
+        page = reproduce(
+            grid, plan, 1.0, maker.out / "runs", lambda todo, stop: (event for event in ()), Display()
+        ).page
+        assert page and f"{len(done)} of {len(done)} runs done" in page.read_text()
+        lines = rows(page.with_name("report.csv"))
+        return [(line["method"], line["seed"], line["state"]) for line in lines]
+
+    names = [row.name for row in load_grid("s1").rows]
+    every = maker.plan("s1")[1] + maker.plan("s1", seeds=[7], only={"method": ["dml"]})[1]
+    expected = [(name, seed, "done") for name in names for seed in ["7"] * (name == "dml") + ["95", "96", "97"]]
+    assert reported(every, seeds=[97], only={"method": ["dml", "cutnmix"]}) == expected
+
+
+def test_what_the_overrides_make_no_run_of_is_not_on_the_page(maker):
+    grid, plan = maker.plan("s1", seeds=[95], only={"method": ["baseline", "dml"]})
+    for planned in plan:
+        maker.run(planned, 70.0)
+    of_one = {"seeds": [96], "only": {"method": ["cutnmix"]}, "overrides": ["method.beta=0.5"]}  # a key of its alone
+    _, plan = maker.plan("s1", **of_one)
+    assert with_what_lies_there(grid, plan, 1.0, maker.out / "runs") == plan
 
 
 def test_before_any_run_there_is_a_page(maker):
@@ -489,6 +581,15 @@ def test_in_a_browser_it_opens_sorts_and_fits(width, maker):
     assert seen["inner"] == width and seen["body"] <= width
     assert (seen["figures"], seen["hidden"]) == (2, 2)  # one size of each of the two
     assert seen["loaded"] == 0
+
+
+def test_a_figure_has_the_labels_as_they_are():
+    points = tuple((float(epoch), 50.0 + epoch / 3, None) for epoch in range(1, 9))
+    labels = ["beta = 0.03", "beta = 0.003 and more", 'T = 1.25 "warm"']
+    drawn = curves.svg(tuple(curves.Line(label, points, "#000000", "-") for label in labels), 7.4, 3.7)
+    texts = re.findall(r">([^<]*)</text>", drawn)
+    assert [text for text in texts if text.endswith("  52.7")] == [f"{label}  52.7" for label in labels]
+    assert not re.search(r"<path [^>]*\d\.\d\d", drawn)  # all else is shortened
 
 
 def test_long_labels_and_shorter_schedules_leave_room_for_the_curves():

@@ -3,8 +3,10 @@
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import count as count_up
+from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -16,7 +18,9 @@ from safetensors.torch import save_file
 from cutnmix.models.cost import blueprint
 from cutnmix.models.network import Network
 from cutnmix.models.peers import Peers, build_peer, seeded
-from cutnmix.trainer.build import build
+from cutnmix.pipeline.batch import Views
+from cutnmix.pipeline.plan import Draws
+from cutnmix.trainer.build import Parts, build
 from cutnmix.trainer.config import Config, ConfigError, load_config
 from cutnmix.trainer.method import Needs, Task, keys_of
 from cutnmix.trainer.methods import METHODS
@@ -133,17 +137,19 @@ def beside(
 
 
 @contextmanager
-def stepping(config: Config) -> Iterator[Callable[[], float]]:
-    """What trains one step, update included, on the first batch again and again; returns its seconds."""
+def stepping(config: Config, *, loading: bool = False) -> Iterator[Callable[[], float]]:
+    """What trains one step, update included, and returns its seconds.
+
+    On the first batch again and again, or where it is `loading`, on one batch after another, with loader and plan.
+    """
     parts = build(config)
-    plan, tally = parts.plan(0), Tally([])
-    batches = parts.loader.epoch(plan)
-    views = next(iter(batches))
+    tally, loaded = Tally([]), batches(parts)
+    given = loaded if loading else repeat(next(loaded))
     on_gpu = parts.setting.device.type == "cuda"
 
     def step() -> float:
         start = time.perf_counter()
-        parts.step.train(parts.learner, views, plan.step(0), tally, lr=config.optimizer.lr, share=1.0, update=True)
+        parts.step.train(parts.learner, *next(given), tally, lr=config.optimizer.lr, share=1.0, update=True)
         if on_gpu:
             torch.cuda.synchronize(parts.setting.device)
         return time.perf_counter() - start
@@ -151,7 +157,16 @@ def stepping(config: Config) -> Iterator[Callable[[], float]]:
     try:
         yield step
     finally:
+        loaded.close()
         parts.close()
+
+
+def batches(parts: Parts) -> Generator[tuple[Views, Draws], None, None]:
+    """The views of each training step with what the mix draws, epoch after epoch without an end."""
+    for epoch in count_up():
+        plan = parts.plan(epoch)
+        for step, views in enumerate(parts.loader.epoch(plan)):
+            yield views, plan.step(step)
 
 
 def make_table(rows: list[Row]) -> Table:

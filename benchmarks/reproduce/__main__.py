@@ -90,7 +90,7 @@ def main(
         return
     summary = reproduce(chosen, plan, scale, out, place, display, leave_out=absent)
     show.summary(summary, chosen, scale, absent, display)
-    if summary.failed:
+    if summary.failed or not summary.page:
         raise typer.Exit(1)
 
 

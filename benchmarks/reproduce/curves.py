@@ -96,7 +96,7 @@ def svg(lines: tuple[Line, ...], width: float, height: float, title: str = "") -
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r"(?<=\d\.\d)\d+(?= |\n|\")", "", text)  # a tenth of a unit is less than a pixel
+    text = re.sub(r"<[^>]*>", _tenths, text)
     text = re.sub(r'<g id="[^"]*">', "<g>", text)  # the same in each figure, and a page may have an id only once
     key = hashlib.sha256(text.encode()).hexdigest()[:8]
     text = re.sub(r'\bid="', f'id="f{key}-', text).replace("#", "\0")
@@ -108,6 +108,11 @@ def svg(lines: tuple[Line, ...], width: float, height: float, title: str = "") -
     says = escape(f"{title}: test accuracy against epoch. Last: {ends}")
     size = f'viewBox="0 0 {72 * width:g} {72 * height:g}" style="width: {86 * width:.0f}px" role="img"'
     return re.sub(r"<svg [^>]*>", lambda _: f'<svg {size} aria-label="{says}">', text, count=1)
+
+
+def _tenths(tag: re.Match[str]) -> str:
+    """The tag with one decimal a number: a tenth of a unit is less than a pixel. The text between tags is a label's."""
+    return re.sub(r"(?<=\d\.\d)\d+(?= |\n|\")", "", tag[0])
 
 
 @lru_cache(maxsize=128)

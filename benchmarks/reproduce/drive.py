@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from cutnmix.benchmarks.reproduce import report
-from cutnmix.benchmarks.reproduce.grid import Grid, Planned, Scale
+from cutnmix.benchmarks.reproduce.grid import Grid, Planned, Scale, with_what_lies_there
 from cutnmix.benchmarks.reproduce.ledger import Ledger
-from cutnmix.benchmarks.reproduce.workers import Events
+from cutnmix.benchmarks.reproduce.workers import OTHERWISE, RESCHEDULES, Events
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunFolder, Stopped
 from cutnmix.trainer.run import noted_signals
@@ -27,7 +27,7 @@ class Summary(NamedTuple):
     finished: list[str]
     failed: dict[str, str]  # run -> reason, after all attempts
     taken: list[str]  # another process is at work on them
-    page: Path  # report.html
+    page: Path | None  # report.html, if it could be written
 
 
 class Halted(Stopped):
@@ -45,7 +45,7 @@ def state(planned: Planned) -> State:
     Raises: RunError if it holds a run with other keys.
     """
     folder = RunFolder(planned.config.folder)
-    folder.check(planned.config, "another --out keeps the two apart")
+    folder.check(planned.config, OTHERWISE)
     if folder.result.exists():
         return "done"
     return "cut off" if folder.config.exists() else "missing"
@@ -67,7 +67,8 @@ def reproduce(
 ) -> Summary:
     """Run all of the plan that is not done, in that place, and write the report after each run and at the end.
 
-    Runs on the data sets in `leave_out` stay as they are.
+    The report is of all that lies in `out` of the grid at that scale, whatever of it was planned this time.
+    A run that was stopped, but not by this command, goes on. Runs on the data sets in `leave_out` stay as they are.
     Raises: RunError for a folder with other keys, before any work; Halted on SIGTERM and SIGINT.
     """
     states = [state(planned) for planned in plan]
@@ -78,36 +79,51 @@ def reproduce(
     )
     ledger = Ledger(out / LEDGER, grid.name, scale)
     attempts: Counter[str] = Counter()
+    stops: Counter[str] = Counter()
+    numbers: dict[str, int] = {}  # in the order in which they begin
     finished: list[str] = []
     failed: dict[str, str] = {}
     taken: list[str] = []
-    total, folder = len(todo), page_folder(grid, scale, out)
+    total = len(todo)
+
+    def write_report() -> Path | None:
+        try:
+            return report.write(
+                grid, with_what_lies_there(grid, plan, scale, out), scale, page_folder(grid, scale, out)
+            )
+        except Exception as error:  # the runs matter more, and how they ended
+            display.note(f"the report could not be written: {type(error).__name__}: {error}")
+
     with noted_signals() as stop, closing(place(todo, stop)) as events:
         for event in events:
             name = event.planned.config.folder.name
+            number = numbers.setdefault(name, len(numbers) + 1)
             if event.what == "started":
                 ledger.append("started", name, pid=event.pid)
-                display.note(f"[{len(finished) + len(failed) + len(taken) + 1}/{total}] {name}")
+                display.note(f"[{number}/{total}] {name}")
                 continue
             details = {key: value for key, value in event._asdict().items() if key in _TOLD and value}
             ledger.append(event.what, name, pid=event.pid, **details)
             display.note(f"{name}: {_WORDS[event.what]}{': ' if event.reason else ''}{event.reason}")
             if event.what in ("finished", "done"):
                 finished.append(name)
-                try:
-                    _write_report(grid, plan, scale, folder)
-                except Exception as error:  # the runs matter more; at the end it is tried once more, and may raise
-                    display.note(f"the report could not be written: {type(error).__name__}: {error}")
+                write_report()
             elif event.what == "taken":
                 taken.append(name)
             elif event.what == "failed":
                 attempts[name] += 1
-                if attempts[name] < ATTEMPTS:
+                if attempts[name] >= ATTEMPTS:
+                    failed[name] = event.reason
+                elif not stop:
                     ledger.append("retried", name)
                     todo.append(event.planned)
+            elif event.what == "stopped" and not stop:
+                stops[name] += 1
+                if stops[name] > RESCHEDULES:
+                    failed[name] = f"stopped {stops[name]} times, and not by this command; it is saved"
                 else:
-                    failed[name] = event.reason
-    page = _write_report(grid, plan, scale, folder)
+                    todo.append(event.planned)
+    page = write_report()
     if stop:
         raise Halted(stop[0], out)
     return Summary(finished, failed, taken, page)
@@ -121,8 +137,3 @@ _WORDS = {
     "taken": "another process is at work on it; left to that",
     "done": "finished meanwhile by another process",
 }
-
-
-def _write_report(grid: Grid, plan: Sequence[Planned], scale: float, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return report.write(grid, list(plan), scale, folder)

@@ -1,7 +1,8 @@
 """What a plan will cost: images and FLOPs by arithmetic, time from a few real steps of each network.
 
     FLOP of training = images x MACs x 2 x 3, over the networks that are trained: 2 a MAC, backward = 2 x forward
-    FLOP of a network that only predicts, such as a teacher, and of the evaluations = images x MACs x 2
+    FLOP of a network that only predicts, such as a teacher, and of the evaluations = images x MACs x 2; a teacher's
+    images are the views, which several peers may share
     seconds = FLOP / (FLOP of a step / its seconds), each network at the rate of its own measured step
 
 MACs as models/cost.py counts them. The optimizer, the norms and starting up are not counted.
@@ -9,12 +10,15 @@ MACs as models/cost.py counts them. The optimizer, the norms and starting up are
 
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 from cutnmix.benchmarks.reproduce.grid import IMAGES_PER_CLASS, Planned
 from cutnmix.models.cost import branches_cost, cost
+from cutnmix.models.saved import network_name
 from cutnmix.pipeline.datasets import DataError
 from cutnmix.pipeline.distort import view_size
 from cutnmix.pipeline.plan import Distort
@@ -25,7 +29,7 @@ from cutnmix.trainer.overview import stepping
 
 CIFAR = {"cifar10": 10, "cifar100": 100}  # classes; sizes by heart, so that a plan needs no data set
 CIFAR_TEST = 10_000
-WARMUP, STEPS, SECONDS = 1, 3, 10.0  # a measurement: steps not counted, then STEPS or as many as fit into SECONDS
+STEPS, SECONDS = 3, 10.0  # a measurement: so many steps, or as many as fit into SECONDS
 
 
 class Sizes(NamedTuple):
@@ -83,14 +87,14 @@ def work(config: Config) -> Work:
     """
     data = sizes(config)
     macs, parameters = _peers_cost(config, data)
+    teacher = _teacher_macs(config, data)
     views = 2 if config.needs.second == "image" else 1  # of an image and peer, trained on
-    predicted = config.needs.predicts + bool(config.method.get("teacher"))
     seen = data.train * config.epochs
     evaluations = -(-config.epochs // config.eval_every)  # the last epoch is always evaluated
     return Work(
         images=seen * (2 if config.needs.second else 1),
-        train_flops=2 * seen * macs * (3 * views + predicted),
-        test_flops=2 * data.test * evaluations * macs,
+        train_flops=2 * seen * (macs * (3 * views + config.needs.predicts) + teacher * config.num_views),
+        test_flops=2 * data.test * evaluations * (macs + teacher),
         disk_bytes=5 * 4 * parameters,
     )
 
@@ -109,6 +113,16 @@ def _peers_cost(config: Config, data: Sizes) -> tuple[int, int]:
     return cut.macs, cut.parameters
 
 
+def _teacher_macs(config: Config, data: Sizes) -> int:
+    """MACs of a view through a trained teacher, or 0; one that is not there yet counts as the first peer's network."""
+    teacher, own = config.method.get("teacher"), config.peers.networks[0]
+    if not teacher:
+        return 0
+    with suppress(ValueError):
+        own = network_name(Path(str(teacher)).expanduser(), peer=config.method.get("teacher_peer", 0))
+    return _cost(own, data.classes, data.size).macs
+
+
 _cost, _branches_cost = cache(cost), cache(branches_cost)
 
 
@@ -122,33 +136,51 @@ def left(config: Config) -> float:
 
 
 def measure(config: Config) -> Measured:
-    """A few of the run's own training steps here, data and update included.
+    """A few of the run's own training steps here, data and update included: one batch of its loader after another.
 
     Raises: ConfigError, DataError as building the run does.
     """
     step_flops = work(config).train_flops / (sizes(config).train * config.epochs) * config.batch_size
-    taken: list[float] = []
-    with stepping(config) as step:
-        for _ in range(WARMUP):
-            step()
-        began = time.perf_counter()
-        while len(taken) < STEPS and (not taken or time.perf_counter() - began < SECONDS):
-            taken.append(step())
-    seconds = statistics.median(taken)
+    with stepping(config, loading=True) as step:
+        _timed(step, config.loader.prefetch + 1)  # not counted: their batches, but one, were ready beforehand
+        seconds = statistics.median(_timed(step, STEPS))
     return Measured(seconds, step_flops / seconds)
+
+
+def _timed(step: Callable[[], float], most: int) -> list[float]:
+    """Seconds of so many steps, or of as many as fit into SECONDS."""
+    began = time.perf_counter()
+    taken = [step()]
+    while len(taken) < most and time.perf_counter() - began < SECONDS:
+        taken.append(step())
+    return taken
 
 
 def absent_data(plan: Iterable[Planned], download: bool) -> dict[str, str]:
     """The data sets of the plan that cannot be had, each with the reason. Loads every one of the others once.
 
     `download` false keeps a look at the plan from downloading anything.
+    Raises: DataError, naming the row, for keys that do not fit a data set which is there.
     """
-    absent: dict[str, str] = {}
+    there: set[str] = set()
+    refused: dict[str, tuple[Planned, str]] = {}
     different = {run.config.data.model_dump_json(): run for run in plan}
     for run in different.values():
-        data = run.config.data
-        try:
-            load_data(data.model_copy(update={"download": data.download and download}))
-        except DataError as error:
-            absent.setdefault(run.cell.data, str(error))
-    return absent
+        if reason := _refusal(run.config.data, download):
+            refused.setdefault(run.cell.data, (run, reason))
+        else:
+            there.add(run.cell.data)
+    for name, (run, reason) in refused.items():
+        whole = run.config.data.model_copy(update={"classes": None, "images_per_class": None})
+        if name in there or not _refusal(whole, download):
+            raise DataError(f"row {run.cell.row.name}: {reason}")
+    return {name: reason for name, (_, reason) in refused.items()}
+
+
+def _refusal(data: Data, download: bool) -> str:
+    """Why it cannot be loaded, or ""."""
+    try:
+        load_data(data.model_copy(update={"download": data.download and download}))
+    except DataError as error:
+        return str(error)
+    return ""

@@ -109,9 +109,10 @@ def chance(differences: list[Difference]) -> str:
         return "All seeds differ by the same: no test is possible."
     sure = sum(d.p < LEVEL for d in tested if d.p is not None)
     tests = "the one test" if len(tested) == 1 else f"{len(tested)} tests, not corrected for their number"
-    untested = f"; {_count(len(differences) - len(tested), 'comparison')} with fewer than three pairs" * (
-        len(tested) < len(differences)
-    )
+    few = sum(d.n < 3 for d in differences)
+    alike = len(differences) - len(tested) - few
+    untested = f"; {_count(few, 'comparison')} with fewer than three pairs" if few else ""
+    untested += f"; {_count(alike, 'comparison')} whose pairs all differ by the same" if alike else ""
     if len(tested) == 1:
         told = "The seeds tell it from chance" if sure else "The seeds do not tell it from chance"
     else:
@@ -132,7 +133,7 @@ def _gain_range(results: Results, claim: Claim) -> list[Finding]:
     if not gains:
         return [Finding(OPEN, "No pair of runs is done yet.", claim.quote)]
     printed = [gain for n in results.paper.networks if (gain := results.paper.gain(said.data, n)) is not None]
-    inside = sum(said.low <= gain <= said.high for gain in gains)
+    inside = sum(said.low <= round(gain, 2) <= said.high for gain in gains)
     text = (
         f"Here {signed(min(gains))} to {signed(max(gains))} over {_count(len(gains), 'network')}, {inside} inside that "
         f"range; the paper's own table gives {signed(min(printed))} to {signed(max(printed))}."
@@ -163,7 +164,7 @@ def _gains_most(results: Results, claim: Claim) -> list[Finding]:
 
 
 def _signs(results: Results) -> list[Finding]:
-    """Which methods gain over the reference here and in the paper."""
+    """Which methods gain over the reference here and in the paper, where its gain is not 0.00, which has no sign."""
     found = []
     for data, network in results.places:
         same, other, differences = [], [], []
@@ -174,6 +175,8 @@ def _signs(results: Results) -> list[Finding]:
             if cell.row.name == results.reference or not (base and printed and difference):
                 continue
             theirs = round(printed.mean - base.mean, 2)
+            if not theirs:
+                continue
             differences.append(difference)
             text = f"{cell.row.label} {signed(difference.mean)} (paper {signed(theirs)})"
             (same if difference.mean * theirs > 0 else other).append(text)

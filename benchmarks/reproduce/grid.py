@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -18,8 +19,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cutnmix import configs
-from cutnmix.pipeline.datasets import load_splits
+from cutnmix.pipeline.datasets import DataError, load_splits
 from cutnmix.trainer.config import Config, ConfigError, Data, dump_config, load_config, parse_config, read_yaml
+from cutnmix.trainer.folder import RunFolder
 
 GRIDS = Path(configs.__file__).parent / "grids"
 AXES = ("data", "network", "method")  # what --only selects by; a method is the name of a row
@@ -85,6 +87,7 @@ class Planned(NamedTuple):
     cell: Cell
     seed: int
     config: Config
+    overrides: tuple[str, ...] = ()  # the user's, which are all runs'
 
 
 class Scale:
@@ -194,7 +197,7 @@ def plan_grid(
     The runs lie in `out`, and grids that share it share the runs that they have in common.
     Raises: ConfigError, naming the key and the allowed values.
     """
-    short = Scale(scale)
+    short, told = Scale(scale), tuple(overrides)
     chosen = _chosen(grid, only or {})
     if repeated := _repeated(seeds or []):
         raise ConfigError(f"--seeds: {', '.join(map(str, repeated))} given twice")
@@ -202,41 +205,75 @@ def plan_grid(
         key = text.partition("=")[0]
         if key in _OURS:
             raise ConfigError(f"{text}: {key} of a run of a grid is set by {_OURS[key]}")
+    cells = _cells(grid, chosen)
+    return [
+        _planned(grid, cell, seed, short, out, told)
+        for seed in (grid.seeds if seeds is None else seeds)
+        for cell in cells
+    ]
 
-    def planned(cell: Cell, seed: int) -> Planned:
-        name = run_name(cell, seed, short)
-        place = [f"runs={json.dumps(str(out))}", f"name={name}", f"seed={seed}", "resume=auto"]
-        own = [f"data={cell.data}", f"peers.network={cell.network}", *cell.row.overrides]
-        try:
-            config = load_config(cell.row.recipe, [*grid.overrides, *own, *overrides, *place])
-        except ConfigError as error:
-            raise _blamed(error, grid, cell.row, own) from None
-        return Planned(cell, seed, short.apply(config))
 
-    cells = [
+def with_what_lies_there(grid: Grid, plan: Sequence[Planned], scale: float, out: Path) -> list[Planned]:
+    """The plan, and what else of the grid lies in `out`, of any cell and seed, planned with the same overrides.
+
+    Cell by cell, as the grid has them. A cell that the overrides make no run of is left out.
+    """
+    short, told = Scale(scale), plan[0].overrides
+    cells = {_stem(cell): cell for cell in _cells(grid, _chosen(grid, {}))}
+    runs = {run.config.folder.name: run for run in plan}
+    for path in sorted(out.iterdir()) if out.is_dir() else []:
+        parts = re.fullmatch(rf"(.+)-seed(\d+){re.escape(short.stamp)}", path.name)
+        if parts and parts[1] in cells and path.name not in runs and RunFolder(path).config.exists():
+            with suppress(ConfigError, DataError):
+                runs[path.name] = _planned(grid, cells[parts[1]], int(parts[2]), short, out, told)
+    order = list(cells)
+    return sorted(runs.values(), key=lambda run: (order.index(_stem(run.cell)), run.seed))
+
+
+def _cells(grid: Grid, chosen: Mapping[str, Sequence[str]]) -> list[Cell]:
+    return [
         Cell(data, network, row)
         for data in chosen["data"]
         for network in chosen["network"]
         for row in grid.rows
         if row.name in chosen["method"]
     ]
-    return [planned(cell, seed) for seed in (grid.seeds if seeds is None else seeds) for cell in cells]
 
 
-def _blamed(error: ConfigError, grid: Grid, row: Row, own: Sequence[str]) -> ConfigError:
+def _planned(grid: Grid, cell: Cell, seed: int, scale: Scale, out: Path, overrides: tuple[str, ...]) -> Planned:
+    name = run_name(cell, seed, scale)
+    place = [f"runs={json.dumps(str(out))}", f"name={name}", f"seed={seed}", "resume=auto"]
+    try:
+        config = own_config(grid, cell, [*overrides, *place])
+    except ConfigError as error:
+        raise _blamed(error, grid, cell) from None
+    return Planned(cell, seed, scale.apply(config), overrides)
+
+
+def own_config(grid: Grid, cell: Cell, overrides: Sequence[str] = ()) -> Config:
+    """The run of a cell as the grid has it, at full length, but for these overrides. Raises: ConfigError."""
+    own = [f"data={cell.data}", f"peers.network={cell.network}", *cell.row.overrides]
+    return load_config(cell.row.recipe, [*grid.overrides, *own, *overrides])
+
+
+def _blamed(error: ConfigError, grid: Grid, cell: Cell) -> ConfigError:
     """The error, named with grid and row where these are wrong by themselves, without what the user overrides."""
     try:
-        load_config(row.recipe, [*grid.overrides, *own])
+        own_config(grid, cell)
     except ConfigError as theirs:
         said = str(theirs).replace("(command line)", "(its overrides)")
-        return ConfigError(f"grid {grid.name}, row {row.name}: {said}")
+        return ConfigError(f"grid {grid.name}, row {cell.row.name}: {said}")
     return error
 
 
 def run_name(cell: Cell, seed: int, scale: Scale) -> str:
     """The run's folder under `out`: its cell and seed, and the scale where it is not 1."""
+    return f"{_stem(cell)}-seed{seed}{scale.stamp}"
+
+
+def _stem(cell: Cell) -> str:
     network = re.sub(r"[^A-Za-z0-9_.]", "_", cell.network)
-    return f"{cell.data}-{network}-{cell.row.name}-seed{seed}{scale.stamp}"
+    return f"{cell.data}-{network}-{cell.row.name}"
 
 
 def _chosen(grid: Grid, only: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

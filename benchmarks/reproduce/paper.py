@@ -62,18 +62,16 @@ class GainsMost(_Part):
 
 
 class Claim(_Part):
-    """A sentence of the paper, and what numbers would have to show for it: one of the four."""
+    """A sentence of the paper, and what numbers would have to show for it: one of the three."""
 
     quote: str
     above: list[tuple[str, str]] = []  # the first of each pair has more
-    best: str | None = None  # of all methods
     gain_range: GainRange | None = None
     gains_most: GainsMost | None = None
 
     def pairs(self, methods: list[str]) -> list[tuple[str, str]]:
         """The pairs of those methods of which the first has to be above the second."""
-        pairs = self.above + [(self.best, other) for other in methods if self.best and other != self.best]
-        return [(one, other) for one, other in pairs if one in methods and other in methods]
+        return [(one, other) for one, other in self.above if one in methods and other in methods]
 
 
 class Borrowed(_Part):

@@ -6,12 +6,13 @@ peer, ensemble and teacher stand beside it under their own names. A cell is the 
 """
 
 import json
+import re
 import statistics
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cutnmix.benchmarks.reproduce.grid import Grid, Planned, Row
+from cutnmix.benchmarks.reproduce.grid import Grid, Planned, Row, own_config
 from cutnmix.benchmarks.reproduce.paper import DATA, Table, Value, load_table
 from cutnmix.trainer.config import Config, ConfigError
 from cutnmix.trainer.folder import RunError, RunFolder
@@ -24,6 +25,9 @@ READINGS = {  # of the last epoch, by the name that the run has for them, and as
     "teacher": "Teacher",
     "leader": "Leader",  # OKDDip's, which its paper reports
 }
+
+# The keys that the paper's figures hang on, beside epochs and images; others, such as precision, are a user's own.
+HELD = ("batch_size", "distort", "drop_last", "method", "mix", "optimizer", "peers", "schedule", "views")
 
 
 class Run(NamedTuple):
@@ -176,7 +180,7 @@ def collect(grid: Grid, plan: list[Planned], scale: float) -> Results:
         cell = cells.setdefault((data, network, row.name), Outcome(data, network, row, []))
         cell.runs.append(read_run(planned.seed, planned.config))
     paper = load_table(grid.paper) if grid.paper else None
-    return Results(grid, scale, stamp(plan, scale, paper), paper, cells)
+    return Results(grid, scale, stamp(grid, plan, scale, paper), paper, cells)
 
 
 def read_run(seed: int, config: Config) -> Run:
@@ -215,25 +219,44 @@ def _foreign(path: Path, _written: int, planned: str) -> str:
     return ""
 
 
-def stamp(plan: list[Planned], scale: float, paper: Table | None) -> Stamp:
-    """Scale, epochs and images of the planned runs; comparable if they are those of the paper, all of them."""
+def stamp(grid: Grid, plan: list[Planned], scale: float, paper: Table | None) -> Stamp:
+    """Scale, epochs and images of the planned runs, and the user's overrides of keys that the paper's figures hang on.
+
+    Comparable if all runs have the paper's epochs and images, and those keys as the grid has them.
+    """
     configs = [planned.config for planned in plan]
     epochs = sorted({config.epochs for config in configs})
     images = {config.data.images_per_class for config in configs}
-    classes = {str(config.data.classes) for config in configs}
+    classes = {None if config.data.classes is None else str(config.data.classes) for config in configs}
     parts = [f"{_range(epochs)} epochs" if epochs != [1] else "1 epoch"]
     if images != {None}:
-        parts.append(f"{_range(sorted(n for n in images if n is not None))} images a class")
-    if classes != {"None"}:
-        parts.append(f"{', '.join(sorted(classes))} classes")
-    if images == {None} and classes == {"None"}:
+        parts.append(f"{_range(_all_last(images))} images a class")
+    if classes != {None}:
+        parts.append(f"{', '.join(_all_last(classes))} classes")
+    whole = images == classes == {None}
+    if whole:
         parts.append("all images")
-    comparable = scale == 1 and paper is not None and epochs == [paper.epochs] and parts[1:] == ["all images"]
+    told = [text for text in plan[0].overrides if re.split("[.=]", text)[0] in HELD]
+    parts += told
+    comparable = scale == 1 and paper is not None and epochs == [paper.epochs] and whole
+    comparable = comparable and (not told or all(_as_the_grid(grid, planned) for planned in plan))
     verdict = "the paper's schedule and data" if comparable else "not comparable to the paper"
     return Stamp(f"SCALE {scale:g}: {', '.join(parts)}; {verdict}", comparable)
 
 
-def _range(numbers: list[int]) -> str:
+def _as_the_grid(grid: Grid, planned: Planned) -> bool:
+    try:
+        own = own_config(grid, planned.cell)
+    except ConfigError:  # it is no run without the user's overrides
+        return False
+    return all(getattr(planned.config, key) == getattr(own, key) for key in HELD)
+
+
+def _all_last(limits: set[Any]) -> list[Any]:
+    return [*sorted(limit for limit in limits if limit is not None), *(["all"] if None in limits else [])]
+
+
+def _range(numbers: list[Any]) -> str:
     return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 

@@ -95,7 +95,8 @@ def summary(ended: Summary, grid: Grid, scale: float, absent: Iterable[str], dis
     display.note(f"{grid.name}{_stamp(scale)}: {', '.join(counts)}")
     for name, reason in ended.failed.items():
         display.note(f"failed: {name}: {reason}")
-    display.note(f"report: {ended.page}")
+    if ended.page:
+        display.note(f"report: {ended.page}")
 
 
 def _stamp(scale: float) -> str:

@@ -3,7 +3,8 @@
     place(todo, stop, ...) -> Events
 
 Each takes runs from `todo`, to which its caller may append between two events (a run to retry), until it is empty and
-nothing runs, or until a signal is in `stop`: then what runs is told to save, and ends with an event `stopped`.
+nothing runs, or until a signal is in `stop`: then what runs is told to save, and ends with an event `stopped`. So does
+a run that somebody else told, to a process or to a worker of Ray, while `stop` is empty.
 The state of a run is its folder, so whoever starts it next goes on.
 """
 
@@ -25,6 +26,7 @@ from rich.console import Console
 from cutnmix.benchmarks.reproduce.grid import Planned
 from cutnmix.benchmarks.reproduce.ledger import Ledger
 from cutnmix.pipeline.datasets import DataError
+from cutnmix.trainer.cli import EXIT_REQUEUE
 from cutnmix.trainer.config import Config, ConfigError, dump_config, parse_config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunError, RunFolder, Stopped, Taken
@@ -32,7 +34,8 @@ from cutnmix.trainer.run import train
 
 LOG = "log.txt"  # in the run's folder: what a run says that has no terminal
 POLL = 0.1  # seconds
-RESCHEDULES = 5  # of a Ray task whose worker was killed, before that counts as a failure of the run
+OTHERWISE = "another --out keeps the two apart"  # what to do about a folder that holds a run with other keys
+RESCHEDULES = 5  # of a run that was stopped, or whose Ray worker was killed, before that counts as a failure of it
 _RAY_STORE = 100 * 2**20  # bytes of a local Ray's object store; only configurations travel
 
 Outcome = Literal["finished", "failed", "stopped", "taken", "done"]  # done: somebody else has finished it meanwhile
@@ -69,9 +72,11 @@ def attempt(config: Config, display: Display | None = None) -> Ending:
 
     Raises: Stopped, after the run has saved.
     """
-    if RunFolder(config.folder).result.exists():
-        return Ending("done")
+    folder = RunFolder(config.folder)
     try:
+        folder.check(config, OTHERWISE)
+        if folder.result.exists():
+            return Ending("done")
         train(config, display)
         return Ending("finished")
     except Stopped:
@@ -125,7 +130,7 @@ def processes(todo: deque[Planned], stop: list[int], count: int, threads: int) -
                     process.send_signal(signal.SIGTERM)
             for process in [process for process in running if process.poll() is not None]:
                 _, run = running.pop(process)
-                yield Event.end(run, _ended(process, run.config, told), process.pid)
+                yield Event.end(run, _ended(process.returncode, run.config), process.pid)
             if running:
                 time.sleep(POLL)
     finally:
@@ -217,9 +222,9 @@ def _claim(config: Config) -> Ending | None:
     folder = RunFolder(config.folder)
     try:
         with folder.locked():
+            folder.check(config, OTHERWISE)
             if folder.result.exists():
                 return Ending("done")
-            folder.check(config)
             folder.begin(config)
             return None
     except Taken:
@@ -258,12 +263,11 @@ def _gpus() -> list[str]:
     return visible.split(",")[:count] if visible else [str(index) for index in range(count)]
 
 
-def _ended(process: subprocess.Popen[bytes], config: Config, told: bool) -> Ending:
-    """Of a process that has ended, `told` to or not."""
-    code = process.returncode
+def _ended(code: int, config: Config) -> Ending:
+    """Of a process that has ended so, whoever told it to."""
     if code == 0:
         return Ending("finished")
-    if told:
+    if code in (EXIT_REQUEUE, -signal.SIGTERM):  # the latter before it trained: nothing to save
         return Ending("stopped")
     if code < 0:
         return Ending("failed", f"killed by {signal.Signals(-code).name}")
