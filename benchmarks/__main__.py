@@ -1,8 +1,10 @@
 """cutnmix bench loader | mix | step | peers | methods | memory | all | tables: what things cost on this machine.
 
-Each prints tables, and leaves NAME.json and NAME.png in a folder. `python -m cutnmix.benchmarks` is the same.
+Each prints tables, and leaves NAME.json and NAME.png in runs/bench, or --out. `python -m cutnmix.benchmarks` is the
+same.
 """
 
+import os
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,12 +28,24 @@ Device = Annotated[str, typer.Option(help="cpu or cuda")]
 Root = Annotated[Path | None, typer.Option(help="folder with cifar-100-python/; without it, handwritten digits")]
 Views = Annotated[str, typer.Option(help="the values of J, with commas")]
 Rounds = Annotated[int, typer.Option(min=1, help="of which the median is taken; all contenders run once in each")]
-Seconds = Annotated[float, typer.Option(help="that each figure of a round takes, without its warm-up")]
+Seconds = Annotated[float, typer.Option(min=0, help="that each figure of a round takes, without its warm-up")]
 Batch = Annotated[int, typer.Option(min=2, help="images")]
 Json = Annotated[Path | None, typer.Option("--json", help="write the record to this file too")]
-Out = Annotated[
-    Path | None, typer.Option(help="folder of records and plots: benchmarks/results of a checkout, or else this one")
-]
+
+
+def _made(folder: Path) -> Path:
+    """Refused before anything is measured."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"{folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise typer.BadParameter(f"{folder} cannot be written")
+    return folder
+
+
+HERE = Path("runs/bench")
+Out = Annotated[Path, typer.Option(callback=_made, help="folder of the records and plots")]
 
 
 @app.command()
@@ -47,7 +61,7 @@ def loader(
     rounds: Rounds = 5,
     seconds: Seconds = 0.5,
     json: Json = None,
-    out: Out = None,
+    out: Out = HERE,
 ) -> records.Record:
     """Views a second of each loader with its mix, against J and the batch size."""
     settings = {"batch": batch, "workers": workers, "rounds": rounds, "seconds": seconds}
@@ -78,7 +92,7 @@ def mix(
     rounds: Rounds = 5,
     seconds: Seconds = 0.1,
     json: Json = None,
-    out: Out = None,
+    out: Out = HERE,
 ) -> records.Record:
     """Milliseconds and aten calls of the mix alone, on views that are ready."""
     sheets = mixes.measure(views=_numbers(views), batch=batch, rounds=rounds, seconds=seconds, device=_device(device))
@@ -97,7 +111,7 @@ def step(
     rounds: Rounds = 5,
     seconds: Seconds = 2.0,
     json: Json = None,
-    out: Out = None,
+    out: Out = HERE,
 ) -> records.Record:
     """A whole training step against one without data, and against the plain way of training peers."""
     sheets = steps.measure(
@@ -124,7 +138,7 @@ def peer_steps(
     rounds: Rounds = 5,
     seconds: Seconds = 1.0,
     json: Json = None,
-    out: Out = None,
+    out: Out = HERE,
 ) -> records.Record:
     """Milliseconds of a training step with J peers, and its ratio to J steps of one plain network."""
     sheets = peers.measure(
@@ -150,7 +164,7 @@ def method_steps(
     rounds: Rounds = 5,
     seconds: Seconds = 1.0,
     json: Json = None,
-    out: Out = None,
+    out: Out = HERE,
 ) -> records.Record:
     """Milliseconds of a training step of each method, and its ratio to J steps of one plain network."""
     sheets = methods.measure(
@@ -176,7 +190,7 @@ def peer_memory(
     batch: Batch = 64,
     compile: Annotated[bool, typer.Option(help="compile time too: on a CPU, minutes")] = False,
     json: Json = None,
-    out: Out = None,
+    out: Out = HERE,
 ) -> records.Record:
     """Peak memory of training J peers, a process each; how long compiling them takes."""
     sheets = memory.measure(
@@ -194,7 +208,7 @@ def everything(
     views: Views = "1,2,4,8,16",
     rounds: Rounds = 5,
     json: Annotated[Path | None, typer.Option("--json", help="write all records to this file too, as a list")] = None,
-    out: Out = None,
+    out: Out = HERE,
 ) -> None:
     """All of them, with their defaults."""
     few = ",".join(str(count) for count in _numbers(views) if count <= 4) or views  # a JPEG's view is 600 kB
@@ -218,7 +232,7 @@ def write_tables(
         Path | None,
         typer.Option(help="the file with the markers: README.md and benchmarks/RESULTS.md of this checkout"),
     ] = None,
-    out: Out = None,
+    out: Annotated[Path | None, typer.Option(help="the folder of the records, if not benchmarks/results of it")] = None,
 ) -> None:
     """Make the documents' tables from the records: what stands between <!-- bench:NAME --> and <!-- /bench -->.
 
@@ -227,8 +241,9 @@ def write_tables(
     """
     root = checkout() or Path()
     documents = [document] if document else [root / name for name in tables.DOCUMENTS]
+    kept = out or root / "benchmarks" / "results"
     try:
-        made = {path: tables.fill(path, _folder(out)) for path in documents}
+        made = {path: tables.fill(path, kept) for path in documents}
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     except OSError as error:
@@ -253,23 +268,16 @@ def _leave(
     notes: list[str],
     device: str,
     json: Path | None,
-    out: Path | None,
+    out: Path,
 ) -> records.Record:
     """Make a record, show it, and write it and its plot."""
     record = records.make_record(name, sheets, settings, notes, _device(device))
-    folder = _folder(out)
-    folder.mkdir(parents=True, exist_ok=True)
     records.show(record, console)
-    records.write_json(folder / f"{record['benchmark']}.json", record)
-    plots.draw_record(record, folder / f"{record['benchmark']}.png")
+    records.write_json(out / f"{record['benchmark']}.json", record)
+    plots.draw_record(record, out / f"{record['benchmark']}.png")
     if json:
         records.write_json(json, record)
     return record
-
-
-def _folder(out: Path | None) -> Path:
-    root = checkout()
-    return out or (root / "benchmarks" / "results" if root else Path())
 
 
 def _data(root: Path | None) -> Dataset:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 from PIL import Image
 from tasks import tiny
 from torch import nn
@@ -142,6 +143,19 @@ def test_all_leaves_every_record(monkeypatch, tmp_path):
     assert all((tmp_path / f"{name}.png").exists() for name in found)
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(mixes, "measure", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(typer.BadParameter, match="file/results: Not a directory"):
+        commands.app(["mix", f"--out={tmp_path}/file/results"], standalone_mode=False)
+
+
+def test_the_records_of_a_checkout_are_not_written_over_unless_one_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands.app(["mix", "--views=1", "--batch=4", "--rounds=1", "--seconds=0"], standalone_mode=False)
+    assert sorted(path.name for path in (tmp_path / "runs" / "bench").iterdir()) == ["mix.json", "mix.png"]
+
+
 def test_the_command_line_passes_on(monkeypatch, tmp_path, capsys):
     options = ["mix", "--views", "1", "--batch=4", "--rounds=1", "--seconds=0", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["cutnmix", "bench", *options])
@@ -162,6 +176,7 @@ def test_the_command_line_passes_on(monkeypatch, tmp_path, capsys):
         ["memory", "--views="],
         ["peers", "--views=,"],
         ["all", "--views="],
+        ["mix", "--seconds=-1"],
     ],
 )
 def test_what_makes_no_sense_is_refused(options, tmp_path):
