@@ -38,7 +38,7 @@ class Dataset:
     """
 
     name: str  # such as "cifar100/train"
-    images: np.ndarray | tuple[Path, ...] | Members  # uint8 (N, H, W, C), C-contiguous; or N files; or N parts of tars
+    images: np.ndarray | tuple[Path, ...] | Members  # uint8 (N, H, W, C), any strides; or N files; or N parts of tars
     labels: np.ndarray  # int64 (N,), 0..K-1
     classes: tuple[str, ...]  # K names
     mean: tuple[float, ...]  # per channel, of pixels scaled to [0, 1]

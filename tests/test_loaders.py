@@ -127,6 +127,21 @@ def test_dali_is_resident(name, V, dataset):
 
 
 @LOADERS
+@pytest.mark.parametrize("name", ["nothing", "crop flip", "rotation"])
+@pytest.mark.parametrize("order", ["channels first", "Fortran"])
+def test_images_may_lie_in_memory_in_any_order(loader, name, order, dataset):
+    axes = {"channels first": (0, 3, 1, 2), "Fortran": (3, 2, 1, 0)}[order]  # from the slowest
+    stored = np.ascontiguousarray(dataset.images.transpose(axes)).transpose(np.argsort(axes))
+    assert np.array_equal(stored, dataset.images) and not stored.flags.c_contiguous
+    distort, _ = DISTORTIONS[name]
+    epochs = (
+        loader_of(loader, data, distort).epoch(plan_of(data, distort))
+        for data in (replace(dataset, images=stored), dataset)
+    )
+    assert same_epoch(*epochs)
+
+
+@LOADERS
 @pytest.mark.parametrize(
     ("name", "mix"),
     [*product(DISTORTIONS, ["cutmix", "cutnmix"]), *product(["crop flip", "cutout", "rotation"], ["mixup"]),
