@@ -415,6 +415,19 @@ def test_a_plan_of_other_distortions_is_refused(loader, drawn, said, dataset):
 
 
 @LOADERS
+@pytest.mark.parametrize("size", [(W, H), (H, W - 1)])
+def test_a_plan_of_views_of_another_size_is_refused(loader, size, dataset):
+    """Its boxes would not have the share of the pixels that its lambda says."""
+    with pytest.raises(ValueError, match=rf"size is \({size[0]}, {size[1]}\) in the plan, \({H}, {W}\) in the loader"):
+        next(loader_of(loader, dataset).epoch(plan_of(dataset, size=size)))
+
+
+def test_dali_refuses_a_plan_of_larger_batches(dataset):
+    with pytest.raises(ValueError, match="batch_size is 9 in the plan, 8 in the loader"):
+        next(loader_of("dali", dataset).epoch(plan_of(dataset, batch_size=BATCH + 1)))
+
+
+@LOADERS
 def test_what_only_the_plan_decides_may_differ(loader, dataset):
     plan = plan_of(dataset, Distort(pad=3, flip=0.1, cutout=5))
     assert next(loader_of(loader, dataset).epoch(plan)).hole_VBHW is not None
