@@ -575,7 +575,7 @@ def test_files_too_are_turned_recoloured_and_cut_out(folder):
         turned = draws._replace(index_B=torch.arange(len(draws.index_B)), flip_VB=torch.zeros_like(draws.flip_VB))
         for v in range(2):
             image = pixels(before)[v].astype(np.uint8)
-            seen = Dataset("seen", image, folder.labels[: len(image)], ("a",), (0.0,) * 3, (1.0,) * 3)
+            seen = Dataset("seen", image, folder.labels[: len(image)], folder.classes, (0.0,) * 3, (1.0,) * 3)
             np.testing.assert_allclose(pixels(after)[v], oracle.views(seen, 0, turned)[v], rtol=0, atol=0.05)
         assert np.array_equal(after.hole_VBHW.numpy(), oracle.holes(draws, 20, 20))
 
