@@ -245,6 +245,8 @@ def _left_out(split: Dataset) -> str:
 def _checked_networks(config: Config, train: Dataset) -> list[str]:
     """Refuse networks that do not take the views; what branches save, as a line for the user."""
     peers, num_classes, size = config.peers, len(train.classes), view_size(train, config.distort)
+    if (channels := len(train.mean)) != 3:
+        raise ConfigError(f"data.name: {train.name} has {channels} channel(s), and networks take 3; repeat a grey one")
     try:
         if peers.form == "nets":
             for name in dict.fromkeys(peers.networks):
