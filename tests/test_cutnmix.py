@@ -354,6 +354,23 @@ def test_wrong_images_are_refused_with_their_shape_or_type(shape, dtype, said, r
 
 
 @pytest.mark.parametrize(
+    ("J", "shape", "said"),
+    [
+        (2, (2, B, C, W, H), f"are of 2 peers, {B} images, {H} x {W}; not of 2, {B}, {W} x {H}"),
+        (2, (2, B + 1, C, H, W), f"not of 2, {B + 1}, {H} x {W}"),
+        (2, (B - 1, C, H, W), f"not of 2, {B - 1}, {H} x {W}"),
+        (3, (B, C, H, W), f"not of 3, {B}, {H} x {W}"),
+    ],
+)
+def test_parameters_of_other_images_or_peers_are_not_replayed(J, shape, said):
+    """The pasted share would not be what their lambda says."""
+    mix = mixer(2)
+    mix(noise(B, C, H, W), labels())
+    with pytest.raises(ValueError, match=re.escape(said)):
+        mixer(J)(noise(*shape), params=mix._params, data_keys=["input"])
+
+
+@pytest.mark.parametrize(
     "wrong",
     [one_hot(labels(), NUM_CLASSES), labels()[:, None], labels() + 0.5, labels(B - 1)],
     ids=["one-hot", "a column", "fractions", "too few"],
