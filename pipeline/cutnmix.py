@@ -116,7 +116,11 @@ class CutnMix(MixAugmentationBaseV2):
         uniforms = torch.rand(batch + 4 + 2 * self.num_peers, device=device, generator=generator)
         key_B, gate, beta, centre_2, place = uniforms.split([batch, 1, 1, 2, 2 * self.num_peers])
         if self.alpha != 1:  # Beta(1, 1) is U(0, 1)
-            beta = torch._sample_dirichlet(torch.full((1, 2), self.alpha, device=device), generator)[:, 0]
+            # G / (G + G') of G ~ Gamma(alpha) = Gamma(alpha + 1) U^(1 / alpha), in logarithms: for a small alpha that
+            # power of U is 0 to a float, and torch's own Dirichlet then gives 1/2.
+            gamma_2 = torch._standard_gamma(torch.full((2,), self.alpha + 1, device=device), generator)
+            log_2 = gamma_2.log() + torch.rand(2, device=device, generator=generator).log() / self.alpha
+            beta = (log_2[:1] - log_2[1:]).sigmoid()
         nominal_lam = torch.where(gate < self.p_batch, beta, 1.0).squeeze()
         place_J2 = place.view(self.num_peers, 2)
         box_J4, lam_L = place_boxes(self.box_rule, nominal_lam, centre_2, place_J2, width, height)

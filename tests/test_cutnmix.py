@@ -304,6 +304,15 @@ def test_lam_is_a_beta_draw(alpha):
     assert stats.kstest(lam.numpy(), stats.beta(alpha, alpha).cdf).pvalue > 0.01
 
 
+@pytest.mark.parametrize("alpha", [0.02, 0.001])
+def test_a_small_alpha_gives_next_to_no_lam_in_the_middle(alpha):
+    lam = drawn_lams(1500, alpha=alpha, box_rule="clip_nominal").numpy()
+    law = stats.beta(alpha, alpha)
+    middle = ((lam > 0.1) & (lam < 0.9)).sum()
+    assert stats.binomtest(int(middle), 1500, law.cdf(0.9) - law.cdf(0.1)).pvalue > 0.01
+    assert stats.binomtest(int((lam < 0.5).sum()), 1500, 0.5).pvalue > 0.01
+
+
 def test_partners_are_uniform_permutations():
     mix = mixer(2)
     partners = torch.stack([mix.generate_parameters((3, 1, 8, 8))["partner"] for _ in range(1800)])
