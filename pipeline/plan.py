@@ -114,7 +114,7 @@ class Mix(_Law):
     alpha: Annotated[float, Field(gt=0)] = 1.0
     probability: Annotated[float, Field(ge=0, le=1)] = 1.0
     box_rule: BoxRule | None = None  # cutmix, cutnmix
-    length: Annotated[int, Field(ge=1)] | None = None  # cutout, in pixels; None: 8 for CIFAR-100, 16 elsewhere
+    length: Annotated[int, Field(ge=1)] | None = None  # cutout, in pixels; None: 16, and in a run on CIFAR-100 8
     # Partners are drawn within each of so many parts of a batch, so that no pixel leaves its part. None: 1, and in a
     # run over several devices as many as the data axis has.
     groups: Annotated[int, Field(ge=1)] | None = None
