@@ -1,5 +1,9 @@
 """Networks that a run has saved: read back from its files, and held still as teachers."""
 
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -9,19 +13,25 @@ from torch import Tensor, nn
 from cutnmix.models.peers import build_peer
 
 
-def load_network(path: Path, *, peer: int = 0, num_classes: int | None = None) -> nn.Module:
+def load_network(
+    path: Path, *, peer: int = 0, num_classes: int | None = None, data: Mapping[str, Sequence[str | float]] = {}
+) -> nn.Module:
     """The network in a .safetensors file, or peer `peer` of a finished run's folder, in eval mode on the CPU.
 
     The file says itself which network it is, in the metadata `network` and `num_classes` that every exported peer has.
-    The caller's random state stays as it was.
+    Those of `data` (classes, mean, std) it may say too. The caller's random state stays as it was.
 
     Raises: ValueError, naming the file, if it is not there or cannot be read, does not say what it is, is the mean of
-    several peers, or has other classes than `num_classes`, where that is given.
+    several peers, or has another number of classes than `num_classes` or says something else than `data`, where those
+    are given.
     """
     path, metadata, weights = _read(path, peer)
     name, told = metadata["network"], metadata["num_classes"]
     if num_classes is not None and told != str(num_classes):
         raise ValueError(f"{path} tells {told} classes apart, not {num_classes}")
+    for key, own in data.items():
+        if key in metadata:
+            _check_same(path, key, json.loads(metadata[key]), own)
     try:
         its_classes = int(told)
         network = build_peer(name, its_classes, seed=0, j=0)
@@ -53,6 +63,17 @@ def _read(path: Path, peer: int) -> tuple[Path, dict[str, str], dict[str, Tensor
     if metadata.get("peer") == "mean":
         raise ValueError(f"{path} is the mean of several peers, and no network; export one of them")
     return path, metadata, weights
+
+
+def _check_same(path: Path, key: str, its: Sequence[str | float], own: Sequence[str | float]) -> None:
+    """Refuse a network of other data, naming the first difference: there may be a thousand classes."""
+    for i, (a, b) in enumerate(zip_longest(its, own)):
+        if isinstance(a, float) and isinstance(b, float):  # a mean that another machine made may be rounded otherwise
+            same = math.isclose(a, b, rel_tol=1e-6)
+        else:
+            same = a == b
+        if not same:
+            raise ValueError(f"{path} was trained on other data: its {key}[{i}] is {a!r}, not {b!r}")
 
 
 def _file_of(run: Path, peer: int) -> Path:

@@ -107,18 +107,26 @@ class CutnMix(MixAugmentationBaseV2):
         self.flags = {"num_peers": num_peers, "alpha": alpha, "box_rule": box_rule}  # what repr() shows
 
     def generate_parameters(self, batch_shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """Draw partner (B,), box (J, 4) and lam (L,) on `self.device`, without a host synchronisation."""
+        """Draw partner (B,), box (J, 4) and lam (L,) on `self.device`, without a host synchronisation.
+
+        Beside them `size`, (0, H, W), whose shape says for which images: a shape is known without a look at the device.
+        """
         device, generator = self.device, self.generator
         batch, height, width = batch_shape[-4], batch_shape[-2], batch_shape[-1]
         uniforms = torch.rand(batch + 4 + 2 * self.num_peers, device=device, generator=generator)
         key_B, gate, beta, centre_2, place = uniforms.split([batch, 1, 1, 2, 2 * self.num_peers])
         if self.alpha != 1:  # Beta(1, 1) is U(0, 1)
-            beta = torch._sample_dirichlet(torch.full((1, 2), self.alpha, device=device), generator)[:, 0]
+            # G / (G + G') of G ~ Gamma(alpha) = Gamma(alpha + 1) U^(1 / alpha), in logarithms: for a small alpha that
+            # power of U is 0 to a float, and torch's own Dirichlet then gives 1/2.
+            gamma_2 = torch._standard_gamma(torch.full((2,), self.alpha + 1, device=device), generator)
+            log_2 = gamma_2.log() + torch.rand(2, device=device, generator=generator).log() / self.alpha
+            beta = (log_2[:1] - log_2[1:]).sigmoid()
         nominal_lam = torch.where(gate < self.p_batch, beta, 1.0).squeeze()
         place_J2 = place.view(self.num_peers, 2)
         box_J4, lam_L = place_boxes(self.box_rule, nominal_lam, centre_2, place_J2, width, height)
         # Sorting uniforms is a uniform permutation; torch.randperm waits for a GPU.
-        return {"partner": key_B.argsort(), "box": box_J4, "lam": lam_L}
+        size_0HW = box_J4.new_empty(0, height, width)
+        return {"partner": key_B.argsort(), "box": box_J4, "lam": lam_L, "size": size_0HW}
 
     def forward_parameters(self, batch_shape: tuple[int, ...]) -> dict[str, Tensor]:
         """What Kornia's containers ask for. The gate p is drawn with the rest, and no per-sample gate is needed."""
@@ -130,7 +138,10 @@ class CutnMix(MixAugmentationBaseV2):
         params: dict[str, Tensor] | None = None,
         data_keys: list[str | int | DataKey] | None = None,
     ) -> Tensor | list[Tensor]:
-        """Mix the inputs; `params` (as left in `_params` by an earlier call) are replayed instead of drawn."""
+        """Mix the inputs; `params` (as left in `_params` by an earlier call) are replayed instead of drawn.
+
+        Raises: ValueError for params of another batch or image size, or of another number of peers.
+        """
         keys = self.data_keys if data_keys is None else [DataKey.get(key) for key in data_keys]
         if len(input) != len(keys):  # Kornia pairs them up and drops the rest
             names = ", ".join(key.name.lower() for key in keys)
@@ -158,6 +169,12 @@ class CutnMix(MixAugmentationBaseV2):
         """Eq. 5. The gate p is already in the boxes, so there is nothing to branch on."""
         image = self.transform_tensor(input)
         views_VBCHW = image if image.dim() == 5 else image[None]
+        _, batch, _, *size = views_VBCHW.shape
+        own, drawn = [self.num_peers, batch, *size], [len(params["box"]), len(params["partner"]), *size]
+        if "size" in params:  # not in those made by hand
+            drawn[2:] = params["size"].shape[1:]
+        if drawn != own:
+            raise ValueError("params are of {} peers, {} images, {} x {}; not of {}, {}, {} x {}".format(*drawn, *own))
         # Kornia's containers draw on the host unless they were moved; on the images' own device `to` does nothing.
         box_J4, partner_B = (params[name].to(image.device) for name in ("box", "partner"))
         mixed_JBCHW = paste(views_VBCHW, box_J4, partner_B)

@@ -117,7 +117,7 @@ class DaliLoader:
 
         Raises: ValueError for a plan that this loader was not made for, RuntimeError after `close`.
         """
-        plan.check(self.distort, self.num_views)
+        plan.check(self.distort, self.size, self.num_views, self._batch_size)
         on_host = plan.host
         feed = self._reads(on_host, start)
         self._start(feed, not self.dataset.in_memory and _pairs(on_host))
@@ -219,16 +219,25 @@ class DaliLoader:
         if self._iterator is None:
             raise RuntimeError("this loader is closed")
         self._feed = iter(())
-        if self._started:
-            for _ in self._iterator:  # what was prefetched of an epoch that was left early
-                pass
-        if pairs != self._pairs:
+        if (self._started and not self._drained()) or pairs != self._pairs:
             self._pairs, self._started = pairs, False
             self._iterator = self._build()
         self._feed = feed
         if self._started:
             self._iterator.reset()
         self._started = True
+
+    def _drained(self) -> bool:
+        """Whether what was prefetched of an epoch that was left early came out; after an error DALI is of no more use.
+
+        That error is nobody's: the image that does not decode was not asked for.
+        """
+        try:
+            for _ in self._iterator:
+                pass
+        except RuntimeError:
+            return False
+        return True
 
     def _name_culprit(self, error: RuntimeError, plan: Plan, step: int) -> None:
         """If an image of the batches in flight does not decode, say which one."""

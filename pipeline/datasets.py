@@ -38,7 +38,7 @@ class Dataset:
     """
 
     name: str  # such as "cifar100/train"
-    images: np.ndarray | tuple[Path, ...] | Members  # uint8 (N, H, W, C), C-contiguous; or N files; or N parts of tars
+    images: np.ndarray | tuple[Path, ...] | Members  # uint8 (N, H, W, C), any strides; or N files; or N parts of tars
     labels: np.ndarray  # int64 (N,), 0..K-1
     classes: tuple[str, ...]  # K names
     mean: tuple[float, ...]  # per channel, of pixels scaled to [0, 1]
@@ -53,9 +53,21 @@ class Dataset:
                 f"{self.name}: images must be uint8 (N, H, W, C) with a mean and a std for each of C channels, "
                 f"not {images.dtype} {images.shape} with {len(self.mean)} and {len(self.std)}"
             )
+        if not isinstance(images, np.ndarray) and not len(self.mean) == len(self.std) == 3:
+            raise DataError(
+                f"{self.name}: files are read as RGB, with 3 numbers of mean and std, not {len(self.mean)} and "
+                f"{len(self.std)}"
+            )
+        if not all(std > 0 for std in self.std):
+            raise DataError(f"{self.name}: std must be above 0 for every channel, not {self.std}")
         if self.labels.dtype != np.int64 or self.labels.shape != (len(images),):
             raise DataError(
                 f"{self.name}: labels must be int64 ({len(images)},), not {self.labels.dtype} {self.labels.shape}"
+            )
+        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
+            raise DataError(
+                f"{self.name}: labels must lie within 0..{len(self.classes) - 1}, for {len(self.classes)} classes, "
+                f"not {self.labels.min()}..{self.labels.max()}"
             )
 
     def __len__(self) -> int:
@@ -296,6 +308,9 @@ def load_splits(
         raise DataError(f"test: {test!r} is none of {', '.join(get_args(TestImages))}")
     root = None if root is None else Path(root).expanduser()
     splits = webdataset(root, download, train, val) if name == "webdataset" else DATASETS[name](root, download)
+    fields = ("classes", "mean", "std")  # by those of one half is understood what peers make of the other
+    if wrong := [field for field in fields if getattr(splits.train, field) != getattr(splits.test, field)]:
+        raise DataError(f"data.name: both halves of {name} must have the same {', '.join(wrong)}")
     if classes is not None:
         chosen = _choose(splits.train.classes, classes)
         splits = Splits(*(_subset(split, chosen) for split in splits))
@@ -415,8 +430,9 @@ def _subset(data: Dataset, chosen: list[int]) -> Dataset:
     renumber = np.full(len(data.classes), -1)
     renumber[chosen] = np.arange(len(chosen))
     labels = renumber[data.labels]
+    kept_N = labels >= 0
     classes = tuple(data.classes[index] for index in chosen)
-    return replace(replace(data, labels=labels).keep(labels >= 0), classes=classes)
+    return replace(data.keep(kept_N), labels=labels[kept_N], classes=classes)
 
 
 def _first(data: Dataset, images_per_class: int) -> np.ndarray:

@@ -23,7 +23,7 @@ def source_images(dataset: Dataset, distort: Distort) -> np.ndarray:
 
     Zero (black) padding on all four sides, as torchvision's RandomCrop pads before normalisation, and then each image
     with its mirror image to the right, so that a flipped crop is only another crop. But a rotated view reads beyond the
-    edge of its image, where there must be no mirror image but black.
+    edge of its image, where there must be no mirror image but black. C-contiguous, whatever the data set's array is.
 
     Raises: DataError where colour is to be drawn for images that are not RGB.
     """
@@ -32,7 +32,9 @@ def source_images(dataset: Dataset, distort: Distort) -> np.ndarray:
         raise DataError(f"distort.colour: {dataset.name} has {channels} channel(s), and colour is drawn for RGB, 3")
     if pad:
         image_NHWC = np.pad(image_NHWC, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    return image_NHWC if distort.rotation else np.concatenate([image_NHWC, image_NHWC[:, :, ::-1]], axis=2)
+    if not distort.rotation:
+        image_NHWC = np.concatenate([image_NHWC, image_NHWC[:, :, ::-1]], axis=2)
+    return np.ascontiguousarray(image_NHWC)  # loaders read the memory; NumPy keeps the order of axes that it got
 
 
 def crop_start(crop_VB2: Tensor, flip_VB: Tensor, width: int, pad: int) -> Tensor:

@@ -114,7 +114,7 @@ class Mix(_Law):
     alpha: Annotated[float, Field(gt=0)] = 1.0
     probability: Annotated[float, Field(ge=0, le=1)] = 1.0
     box_rule: BoxRule | None = None  # cutmix, cutnmix
-    length: Annotated[int, Field(ge=1)] | None = None  # cutout, in pixels; None: 8 for CIFAR-100, 16 elsewhere
+    length: Annotated[int, Field(ge=1)] | None = None  # cutout, in pixels; None: 16, and in a run on CIFAR-100 8
     # Partners are drawn within each of so many parts of a batch, so that no pixel leaves its part. None: 1, and in a
     # run over several devices as many as the data axis has.
     groups: Annotated[int, Field(ge=1)] | None = None
@@ -157,6 +157,7 @@ class Plan:
     """All draws of one epoch, as tensors. Fields as in Draws, over N positions or S steps instead of one batch."""
 
     distort: Distort  # the law of the distortions below
+    size: tuple[int, int]  # (H, W) of a view
     batch_size: int  # images that a loader reads a step: B, or 2 B with second views
     second: bool  # whether each step's images are B of the batch, then their B second views
     index_N: Tensor
@@ -182,15 +183,23 @@ class Plan:
         """V."""
         return self.flip_VN.shape[0]
 
-    def check(self, distort: Distort, num_views: int | None = None) -> None:
-        """Raises: ValueError that names what a loader made for these cannot execute."""
+    def check(
+        self, distort: Distort, size: tuple[int, int], num_views: int | None = None, batch_size: int | None = None
+    ) -> None:
+        """Raises: ValueError that names what a loader made for these cannot execute.
 
-        def told(law: Distort, views: int | None) -> dict[str, Any]:
+        `batch_size`: the most images of a step; None, as None views, for a loader that takes any number.
+        """
+
+        def told(law: Distort, size: tuple[int, int]) -> dict[str, Any]:
             shape = {"distort.pad": law.pad, "distort.image_size": law.image_size, "distort.region": law.region}
-            drawn = {"distort.rotation": law.rotation > 0, "distort.colour": law.colour.active}
-            return shape | drawn | ({} if num_views is None else {"num_views": views})
+            return shape | {"distort.rotation": law.rotation > 0, "distort.colour": law.colour.active, "size": size}
 
-        loader, plan = told(distort, num_views), told(self.distort, self.num_views)
+        loader, plan = told(distort, size), told(self.distort, self.size)
+        if num_views is not None:
+            loader["num_views"], plan["num_views"] = num_views, self.num_views
+        if batch_size is not None and (largest := min(self.batch_size, len(self.index_N))) > batch_size:
+            loader["batch_size"], plan["batch_size"] = batch_size, largest
         if wrong := [key for key, value in plan.items() if value != loader[key]]:
             raise ValueError(
                 "this plan was not drawn for this loader: "
@@ -398,6 +407,7 @@ def make_plan(
         box_SM4, lam_SL = _boxes(seed, epoch, steps, mix, num_peers if mix.name == "cutnmix" else 1, width, height)
     return Plan(
         distort=distort,
+        size=(height, width),
         batch_size=batch_size * (2 if second else 1),
         second=second is not None,
         index_N=torch.from_numpy(index_N),

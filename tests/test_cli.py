@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from cutnmix.models import NETWORKS, build_network
 from cutnmix.models.peers import Peers
-from cutnmix.pipeline.datasets import DATASETS
+from cutnmix.pipeline.datasets import DATASETS, Splits, digits
 from cutnmix.trainer import checkpoint, cli, figures, picture, run
 from cutnmix.trainer.config import ConfigError, load_config
 from cutnmix.trainer.display import Display
@@ -435,6 +436,14 @@ def test_a_size_that_a_network_does_not_take_is_told_before_that_of_a_batch(tmp_
     small = ["data.images_per_class=1", "batch_size=3", "method=dml", "mix=none", f"runs={tmp_path / 'runs'}"]
     with pytest.raises(ConfigError, match=r"^peers\.network: torchvision\.vit_b_16 does not take images of 32 x 32"):
         run.train(load_config("quickstart", [*small, "peers.network=torchvision.vit_b_16"]))
+
+
+def test_images_that_are_not_rgb_are_refused_before_anything_is_written(monkeypatch, tmp_path):
+    grey = Splits(*(replace(d, images=d.array[..., :1], mean=d.mean[:1], std=d.std[:1]) for d in digits()))
+    monkeypatch.setitem(DATASETS, "grey", lambda root, download: grey)
+    with pytest.raises(ConfigError, match=r"^data\.name: digits/train has 1 channel\(s\), and networks take 3"):
+        run.train(load_config("quickstart", ["data.name=grey", f"runs={tmp_path / 'runs'}"]))
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("method", ["dml", "cutnmix"])

@@ -304,6 +304,15 @@ def test_lam_is_a_beta_draw(alpha):
     assert stats.kstest(lam.numpy(), stats.beta(alpha, alpha).cdf).pvalue > 0.01
 
 
+@pytest.mark.parametrize("alpha", [0.02, 0.001])
+def test_a_small_alpha_gives_next_to_no_lam_in_the_middle(alpha):
+    lam = drawn_lams(1500, alpha=alpha, box_rule="clip_nominal").numpy()
+    law = stats.beta(alpha, alpha)
+    middle = ((lam > 0.1) & (lam < 0.9)).sum()
+    assert stats.binomtest(int(middle), 1500, law.cdf(0.9) - law.cdf(0.1)).pvalue > 0.01
+    assert stats.binomtest(int((lam < 0.5).sum()), 1500, 0.5).pvalue > 0.01
+
+
 def test_partners_are_uniform_permutations():
     mix = mixer(2)
     partners = torch.stack([mix.generate_parameters((3, 1, 8, 8))["partner"] for _ in range(1800)])
@@ -351,6 +360,23 @@ def test_wrong_images_are_refused_with_their_shape_or_type(shape, dtype, said, r
     params = mix._params if replay else None
     with pytest.raises((ValueError, TypeError), match=said):
         mix(torch.zeros(shape, dtype=dtype), labels(), params=params)
+
+
+@pytest.mark.parametrize(
+    ("J", "shape", "said"),
+    [
+        (2, (2, B, C, W, H), f"are of 2 peers, {B} images, {H} x {W}; not of 2, {B}, {W} x {H}"),
+        (2, (2, B + 1, C, H, W), f"not of 2, {B + 1}, {H} x {W}"),
+        (2, (B - 1, C, H, W), f"not of 2, {B - 1}, {H} x {W}"),
+        (3, (B, C, H, W), f"not of 3, {B}, {H} x {W}"),
+    ],
+)
+def test_parameters_of_other_images_or_peers_are_not_replayed(J, shape, said):
+    """The pasted share would not be what their lambda says."""
+    mix = mixer(2)
+    mix(noise(B, C, H, W), labels())
+    with pytest.raises(ValueError, match=re.escape(said)):
+        mixer(J)(noise(*shape), params=mix._params, data_keys=["input"])
 
 
 @pytest.mark.parametrize(

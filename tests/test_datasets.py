@@ -23,7 +23,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
-from cutnmix.pipeline.datasets import DATASETS, DataError, Dataset, load_splits
+from cutnmix.pipeline.datasets import DATASETS, DataError, Dataset, Splits, load_splits
 
 FILES = ["data_batch_1", "data_batch_2", "test_batch", "batches.meta"]
 ONE_DOWNLOAD = 2  # requests: torchvision asks once for redirections and once for the content
@@ -520,6 +520,12 @@ def test_unknown_test_images_are_refused():
         ({"std": (0.2,)}, "with 3 and 1"),
         ({"labels": np.zeros(3, np.int64)}, r"labels must be int64 \(4,\), not int64 \(3,\)"),
         ({"labels": np.zeros(4)}, "labels must be .* not float64"),
+        ({"labels": np.array([1, 2, 1, 2])}, r"labels must lie within 0\.\.1, for 2 classes, not 1\.\.2"),
+        ({"labels": np.array([0, 1, -1, 0])}, r"labels must lie within 0\.\.1, for 2 classes, not -1\.\.1"),
+        ({"classes": ()}, "for 0 classes, not 0..0"),
+        ({"std": (0.2, 0.0, 0.2)}, r"std must be above 0 for every channel, not \(0.2, 0.0, 0.2\)"),
+        ({"std": (0.2, 0.2, float("nan"))}, "std must be above 0"),
+        ({"images": (Path("a.png"),) * 4, "mean": (0.5,)}, "files are read as RGB, with 3 numbers .* not 1 and 3"),
     ],
 )
 def test_a_data_set_made_by_hand_is_checked(change, said):
@@ -530,6 +536,25 @@ def test_a_data_set_made_by_hand_is_checked(change, said):
     Dataset(**fields)
     with pytest.raises(DataError, match=f"mine: .*{said}"):
         Dataset(**(fields | change))
+
+
+def test_a_data_set_may_have_no_images():
+    digits = load_splits("digits").test
+    assert len(digits.keep(np.zeros(len(digits), dtype=bool))) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"mean": (0.4,) * 3}, "mean"),
+        ({"std": (0.4,) * 3, "classes": tuple("abcdefghij")}, "classes, std"),
+    ],
+)
+def test_halves_that_do_not_belong_together_are_refused(change, said, monkeypatch):
+    train, test = load_splits("digits")
+    monkeypatch.setitem(DATASETS, "mine", lambda root, download: Splits(train, replace(test, **change)))
+    with pytest.raises(DataError, match=f"data.name: both halves of mine must have the same {said}$"):
+        load_splits("mine")
 
 
 def test_a_digest_is_of_images_labels_and_their_names_in_order():

@@ -465,6 +465,16 @@ def test_a_bad_image_is_named_when_its_turn_comes(kind, how, tmp_path):
     assert same_epoch(used.epoch(plan_of(good)), loader_of(good).epoch(plan_of(good)))  # and the loader lives on
 
 
+@pytest.mark.parametrize("how", ["empty", "truncated"])
+def test_a_bad_image_that_only_an_epoch_left_early_read_ahead_harms_no_other(how, tmp_path):
+    train = load_splits("folder", spoilt("folder", tmp_path, {5: BAD[how][0]})).train
+    used, good = loader_of(train, prefetch=3), train.keep(np.arange(9) < 4)
+    for _ in range(2):
+        next(left := used.epoch(plan_of(train, shuffle=False)))
+        left.close()
+        assert same_epoch(used.epoch(plan_of(good)), loader_of(good).epoch(plan_of(good)))
+
+
 @pytest.mark.parametrize("kind", ["folder", "webdataset"])
 def test_bad_images_are_left_out_and_counted(kind, tmp_path):
     bad = dict(zip((0, 2, 4, 8), (BAD[how][0] for how in ("truncated", "empty", "text", "gif")), strict=True))

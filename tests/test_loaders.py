@@ -127,6 +127,21 @@ def test_dali_is_resident(name, V, dataset):
 
 
 @LOADERS
+@pytest.mark.parametrize("name", ["nothing", "crop flip", "rotation"])
+@pytest.mark.parametrize("order", ["channels first", "Fortran"])
+def test_images_may_lie_in_memory_in_any_order(loader, name, order, dataset):
+    axes = {"channels first": (0, 3, 1, 2), "Fortran": (3, 2, 1, 0)}[order]  # from the slowest
+    stored = np.ascontiguousarray(dataset.images.transpose(axes)).transpose(np.argsort(axes))
+    assert np.array_equal(stored, dataset.images) and not stored.flags.c_contiguous
+    distort, _ = DISTORTIONS[name]
+    epochs = (
+        loader_of(loader, data, distort).epoch(plan_of(data, distort))
+        for data in (replace(dataset, images=stored), dataset)
+    )
+    assert same_epoch(*epochs)
+
+
+@LOADERS
 @pytest.mark.parametrize(
     ("name", "mix"),
     [*product(DISTORTIONS, ["cutmix", "cutnmix"]), *product(["crop flip", "cutout", "rotation"], ["mixup"]),
@@ -400,6 +415,19 @@ def test_a_plan_of_other_distortions_is_refused(loader, drawn, said, dataset):
 
 
 @LOADERS
+@pytest.mark.parametrize("size", [(W, H), (H, W - 1)])
+def test_a_plan_of_views_of_another_size_is_refused(loader, size, dataset):
+    """Its boxes would not have the share of the pixels that its lambda says."""
+    with pytest.raises(ValueError, match=rf"size is \({size[0]}, {size[1]}\) in the plan, \({H}, {W}\) in the loader"):
+        next(loader_of(loader, dataset).epoch(plan_of(dataset, size=size)))
+
+
+def test_dali_refuses_a_plan_of_larger_batches(dataset):
+    with pytest.raises(ValueError, match="batch_size is 9 in the plan, 8 in the loader"):
+        next(loader_of("dali", dataset).epoch(plan_of(dataset, batch_size=BATCH + 1)))
+
+
+@LOADERS
 def test_what_only_the_plan_decides_may_differ(loader, dataset):
     plan = plan_of(dataset, Distort(pad=3, flip=0.1, cutout=5))
     assert next(loader_of(loader, dataset).epoch(plan)).hole_VBHW is not None
@@ -547,7 +575,7 @@ def test_files_too_are_turned_recoloured_and_cut_out(folder):
         turned = draws._replace(index_B=torch.arange(len(draws.index_B)), flip_VB=torch.zeros_like(draws.flip_VB))
         for v in range(2):
             image = pixels(before)[v].astype(np.uint8)
-            seen = Dataset("seen", image, folder.labels[: len(image)], ("a",), (0.0,) * 3, (1.0,) * 3)
+            seen = Dataset("seen", image, folder.labels[: len(image)], folder.classes, (0.0,) * 3, (1.0,) * 3)
             np.testing.assert_allclose(pixels(after)[v], oracle.views(seen, 0, turned)[v], rtol=0, atol=0.05)
         assert np.array_equal(after.hole_VBHW.numpy(), oracle.holes(draws, 20, 20))
 

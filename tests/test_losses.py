@@ -147,6 +147,12 @@ def test_mutual_kl_in_float32_is_close_to_float64():
     torch.testing.assert_close(mutual_kl(logits.float(), 3.0).double(), mutual_kl(logits, 3.0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 20.0, 100.0])
+def test_mutual_kl_of_peers_that_agree_is_0_but_for_rounding_that_grows_with_t2(temperature):
+    logits = randn(1, 64, 100, scale=8.0).detach().float().expand(8, -1, -1)
+    assert mutual_kl(logits, temperature).abs().max() < 1e-6 * temperature**2
+
+
 LOSSES = {
     "cross_entropy": lambda x: cross_entropy(x, targets(1, x.shape[1], x.shape[2]).float()),
     "kl": lambda x: kl(x.flip(0), x, 3.0),

@@ -451,6 +451,28 @@ def test_a_teacher_that_cannot_be_had_is_refused_with_its_key(name, made, said, 
     assert str(refused.value).startswith("method.teacher") and said in str(refused.value)
 
 
+@pytest.mark.parametrize(("name", "keys"), [("kd", {}), ("tf_kd", {"variant": "self"})])
+@pytest.mark.parametrize(
+    ("said", "wrong"),
+    [
+        ({}, None),  # as older files
+        ({"classes": list("abcd"), "mean": [0.5 + 1e-9], "image_size": [8, 8]}, None),
+        ({"classes": list("abdc")}, "classes[2] is 'd', not 'c'"),
+        ({"classes": list("abcd"), "std": [0.2]}, "std[0] is 0.2, not 0.25"),
+        ({"mean": [0.5, 0.5]}, "mean[1] is 0.5, not None"),
+    ],
+)
+def test_a_teacher_of_other_data_is_refused_where_its_file_says_so(name, keys, said, wrong, tmp_path):
+    path = save_network(tmp_path / "x", says={key: json.dumps(value) for key, value in said.items()})
+    task = make_task(2)._replace(data={"classes": tuple("abcd"), "mean": (0.5,), "std": (0.25,)})
+    if wrong is None:
+        METHODS[name](task, teacher=str(path), **keys)
+        return
+    with pytest.raises(ValueError) as refused:
+        METHODS[name](task, teacher=str(path), **keys)
+    assert str(refused.value) == f"method.teacher: {path} was trained on other data: its {wrong}"
+
+
 def _broken(folder: Path) -> Path:
     (folder / "x.safetensors").write_bytes(b"no tensors")
     return folder / "x.safetensors"
@@ -531,3 +553,5 @@ def test_a_run_learns_from_a_finished_one_and_scores_its_teacher(tmp_path, monke
 
     with pytest.raises(ConfigError, match=r"method\.teacher: .*tells 3 classes apart, not 4"):
         run.train(load_config("quickstart", [*common, *keys, "data.classes=4", "name=other"]))
+    with pytest.raises(ConfigError, match=r"method\.teacher: .*other data: its classes\[0\] is '0', not '2'"):
+        run.train(load_config("quickstart", [*common, *keys, "data.classes=[2,1,0]", "name=other"]))

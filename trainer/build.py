@@ -1,5 +1,6 @@
 """From a Config to the parts of a run: data, loaders, peers, method, optimizer, step. Bad ones are refused here."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,7 +123,8 @@ def build(config: Config, mesh: Mesh = ONE, test: TestImages = "test") -> Parts:
     notes += [*_checked_networks(config, splits.train), *left_out]
     _check_single(config, splits.train, mesh)
     train = splits.train
-    learner = make_learner(config, setting, num_classes=len(train.classes), num_images=len(train), mesh=mesh)
+    data = {"classes": train.classes, "mean": train.mean, "std": train.std}
+    learner = make_learner(config, setting, num_classes=len(train.classes), num_images=len(train), mesh=mesh, data=data)
     graphed = config.images_per_step if setting.compile == "graph" else None
     step = _step(config, splits.train, setting, mesh, graphed)
     test_step = _step(config, splits.test, setting, mesh)
@@ -245,6 +247,8 @@ def _left_out(split: Dataset) -> str:
 def _checked_networks(config: Config, train: Dataset) -> list[str]:
     """Refuse networks that do not take the views; what branches save, as a line for the user."""
     peers, num_classes, size = config.peers, len(train.classes), view_size(train, config.distort)
+    if (channels := len(train.mean)) != 3:
+        raise ConfigError(f"data.name: {train.name} has {channels} channel(s), and networks take 3; repeat a grey one")
     try:
         if peers.form == "nets":
             for name in dict.fromkeys(peers.networks):
@@ -261,8 +265,18 @@ def _checked_networks(config: Config, train: Dataset) -> list[str]:
     ]
 
 
-def make_learner(config: Config, setting: Setting, *, num_classes: int, num_images: int, mesh: Mesh = ONE) -> Learner:
+def make_learner(
+    config: Config,
+    setting: Setting,
+    *,
+    num_classes: int,
+    num_images: int,
+    mesh: Mesh = ONE,
+    data: Mapping[str, Sequence[str | float]] = {},
+) -> Learner:
     """Peers, method and optimizer as this process has them, on the device, for a training set of so many images.
+
+    `data`: see Task.
 
     Raises:
         ConfigError: for a network or a key of the method that cannot be.
@@ -280,6 +294,7 @@ def make_learner(config: Config, setting: Setting, *, num_classes: int, num_imag
             epochs=config.epochs,
             peers=peers,
             over=over,
+            data=data,
         )
         keys: dict[str, Any] = {key: value for key, value in config.method.items() if key != "name"}
         with seeded(config.seed, METHOD_STREAM):

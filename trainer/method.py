@@ -46,6 +46,7 @@ class Task(NamedTuple):
     epochs: int
     peers: Peers | None  # with their initial weights; only for a method that copies them
     over: Exchange = ALONE  # with the processes that hold the other peers, or see the other images of a batch
+    data: Mapping[str, Sequence[str | float]] = {}  # classes (K names), mean and std of the training set, where known
 
     @property
     def own(self) -> range:

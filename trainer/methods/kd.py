@@ -28,7 +28,8 @@ class KD(nn.Module):
     """{"ce", "kl"}; with alpha = 0 "kl" is left out, with alpha = 1 "ce".
 
     Args: `teacher` is a finished run's folder, whose peer `teacher_peer` it is, or one .safetensors file of a peer.
-    Raises: ValueError for a `method.teacher` that is not there, cannot be read or has another number of classes.
+    Raises: ValueError for a `method.teacher` that is not there, cannot be read, has another number of classes, or says
+    that it was trained on others, on these in another order or on pixels normalised otherwise.
     """
 
     needs = Needs("Hinton et al., arXiv 2015")
@@ -68,7 +69,7 @@ def load_teacher(task: Task, teacher: str, teacher_peer: int) -> Frozen:
     if teacher_peer and path.is_file():
         raise ValueError(f"method.teacher_peer must be left out where method.teacher is a file, got {teacher_peer}")
     try:
-        return Frozen(load_network(path, peer=teacher_peer, num_classes=task.K))
+        return Frozen(load_network(path, peer=teacher_peer, num_classes=task.K, data=task.data))
     except ValueError as error:
         raise ValueError(f"method.teacher: {error}") from error
 

@@ -60,7 +60,7 @@ class TfKD(nn.Module):
     Args: `correct`, `formula` are of reg, `teacher`, `teacher_peer` of self (a finished run's folder and its peer, or
     one .safetensors file); None is the number above.
     Raises: ValueError for `method.correct` <= 1 / K, weights that leave no loss, and under self a `method.teacher` that
-    is not there, cannot be read, has other classes or is another network than the peers.
+    is not there, cannot be read, is of other data (see kd.py) or is another network than the peers.
     """
 
     needs = Needs(
