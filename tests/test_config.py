@@ -9,7 +9,7 @@ import yaml
 from cutnmix.configs import shipped
 from cutnmix.pipeline.plan import Mix
 from cutnmix.trainer.config import Config, ConfigError, PeersGroup, dump_config, load_config, parse_config
-from cutnmix.trainer.method import Needs, Task
+from cutnmix.trainer.method import Needs, Task, breach
 from cutnmix.trainer.methods import METHODS
 
 
@@ -42,6 +42,9 @@ class Demanding:
 
     def __init__(self, task: Task, *, weight: float = 1.0) -> None:
         """Never built: only its signature is read."""
+
+    def predictions(self, outputs, batch):
+        return {}
 
 
 @pytest.fixture
@@ -506,3 +509,50 @@ def test_what_a_run_folder_holds_is_held_to_the_same_needs(demanding):
     tree["peers"]["count"] = 2
     with pytest.raises(ConfigError, match=r"peers\.count \(runs/x/config\.yaml\): demanding needs at least 3 peers"):
         parse_config(tree, "runs/x/config.yaml")
+
+
+# A method of one's own
+
+
+class Positional(Demanding):
+    def __init__(self, task, weight: float = 1.0):
+        """Never built."""
+
+
+class Untyped(Demanding):
+    def __init__(self, task, *, weight=1.0):
+        """Never built."""
+
+
+class WithoutDefault(Demanding):
+    def __init__(self, task, *, weight: float):
+        """Never built."""
+
+
+class WithoutTask(Demanding):
+    def __init__(self, *, weight: float = 1.0):
+        """Never built."""
+
+
+BREACHES = {
+    "no needs": (type("Own", (), {"predictions": Demanding.predictions}), "it has no `needs`: write needs = Needs()"),
+    "no predictions": (type("Own", (), {"needs": Needs()}), "it has no `predictions`: write def predictions(self, "),
+    "a positional key": (Positional, "its key weight is not keyword-only: write def __init__(self, task, *, weight: "),
+    "a key without a type": (Untyped, "its key weight has no type, "),
+    "a key without a default": (WithoutDefault, "its key weight has no default"),
+    "no task": (WithoutTask, "its constructor takes no task: "),
+}
+
+
+@pytest.mark.parametrize("case", BREACHES)
+def test_what_a_method_of_ones_own_lacks_is_said_in_one_line(case, monkeypatch):
+    method, said = BREACHES[case]
+    monkeypatch.setitem(METHODS, "own", method)
+    message = refusal("paper", "method=own")
+    assert message.startswith(f"method.name (command line): METHODS['own'] is no method: {said}")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_our_own_methods_lack_nothing(name):
+    assert breach(METHODS[name]) is None

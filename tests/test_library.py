@@ -187,6 +187,51 @@ def test_a_size_that_a_network_cannot_take_is_refused(name, size, reason):
         check_image_size(name, 5, size)
 
 
+class Own(nn.Module):
+    """What somebody may write: (logits, feature) of these sizes, `feature_dim` of that one or none."""
+
+    def __init__(self, K: int, D: int = 3, feature_dim: int | None = 3, alone: bool = False) -> None:
+        super().__init__()
+        self.head, self.D, self.alone = nn.Linear(3, K), D, alone
+        if feature_dim is not None:
+            self.feature_dim = feature_dim
+
+    def forward(self, image_BCHW):
+        feature_BD = image_BCHW.mean((2, 3))
+        logits_BK = self.head(feature_BD)
+        return logits_BK if self.alone else (logits_BK, feature_BD.expand(-1, 3)[:, : self.D])
+
+
+WANTED = r"; a network makes \(logits, feature\) of shapes \(2, 5\) and \(2, D\), and D is its feature_dim$"
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (
+            lambda K: Own(K, feature_dim=None),
+            r"with feature_dim None makes \(\(2, 5\), \(2, 3\)\) of 2 images" + WANTED,
+        ),
+        (lambda K: Own(K, feature_dim=4), r"with feature_dim 4 makes \(\(2, 5\), \(2, 3\)\) of 2 images" + WANTED),
+        (lambda K: Own(7), r"with feature_dim 3 makes \(\(2, 7\), \(2, 3\)\) of 2 images" + WANTED),
+        (lambda K: Own(K, alone=True), r"with feature_dim 3 makes \(2, 5\) of 2 images" + WANTED),
+        (lambda: Own(5), r"cannot be built of a number of classes, 5 \(TypeError: .*takes 0 positional arguments"),
+        (lambda K: None, "is built as a NoneType, which is no torch.nn.Module"),
+    ],
+    ids=["no feature_dim", "another feature_dim", "another K", "logits alone", "no argument", "nothing"],
+)
+def test_a_network_of_ones_own_is_held_to_the_contract(monkeypatch, build, said):
+    monkeypatch.setitem(NETWORKS, "own", build)
+    with pytest.raises(ValueError, match=rf"^peers\.network: own {said}"):
+        check_image_size("own", 5, (8, 8))
+
+
+def test_a_network_that_keeps_the_contract_is_taken(monkeypatch):
+    monkeypatch.setitem(NETWORKS, "own", Own)
+    check_image_size("own", 5, (8, 8))
+    assert cost("own", 5, (8, 8)).feature_dim == 3
+
+
 @pytest.mark.parametrize(
     "name", ["torchvision.densenet121", "torchvision.mobilenet_v3_small", "timm.test_vit", "resnet20"]
 )

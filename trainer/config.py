@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from cutnmix.configs import shipped
 from cutnmix.pipeline.plan import Distort, Mix
-from cutnmix.trainer.method import Needs, keys_of
+from cutnmix.trainer.method import Needs, breach, keys_of
 from cutnmix.trainer.methods import METHODS
 
 
@@ -429,6 +429,8 @@ def _checked_method(method: dict[str, Any], origin: Callable[[str], str]) -> dic
             f"method.name ({origin('method.name')}): {name!r} is not a method; "
             f"allowed: {', '.join(METHODS)}{_did_you_mean(str(name), METHODS)}"
         )
+    if reason := breach(METHODS[name]):
+        raise ConfigError(f"method.name ({origin('method.name')}): METHODS[{name!r}] is no method: {reason}")
     keys: dict[str, Any] = keys_of(METHODS[name])
     of_variant = METHODS[name].needs.of_variant
 

@@ -15,6 +15,7 @@ from cutnmix.pipeline.batch import Batch, Views
 from cutnmix.pipeline.mix import MixBatch
 from cutnmix.pipeline.plan import Draws
 from cutnmix.trainer.exchange import ALONE, Exchange
+from cutnmix.trainer.folder import RunError
 from cutnmix.trainer.graph import Graphed
 from cutnmix.trainer.mesh import ONE, Mesh
 
@@ -144,8 +145,12 @@ class Step:
     def gradients(
         self, learner: Learner, views: Views, draws: Draws, share: float | Tensor
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Add one batch's gradients, weighed by `share`; returns losses, logits_JBK and target_LBK, without a graph."""
+        """Add one batch's gradients, weighed by `share`; returns losses, logits_JBK and target_LBK, without a graph.
+
+        Raises: RunError, naming the method, where it returns no named scalars.
+        """
         batch, outputs, losses = self._forward(learner, views, draws)
+        _check_losses(learner.method, losses)
         total = torch.stack(list(losses.values())).sum()
         learner.scaler.scale(total * share).backward()
         return {name: loss.detach() for name, loss in losses.items()}, outputs.logits_JBK.detach(), batch.target_LBK
@@ -175,3 +180,16 @@ class Step:
             learner.scaler.step(learner.optimizer)
             learner.scaler.update()
             learner.optimizer.zero_grad(set_to_none=not self._keeps_gradients)
+
+
+def _check_losses(method: Any, losses: Any) -> None:
+    """Refuse what cannot be added up: a method may be anybody's. Shapes are known without waiting for the device."""
+    told: Any = type(losses).__name__
+    if isinstance(losses, dict):
+        told = {name: tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for name, x in losses.items()}
+        if told and all(shape == () for shape in told.values()):
+            return
+    raise RunError(
+        f"method: forward of {type(method).__name__} must return named losses, each a tensor of shape (), such as a "
+        f"sum over the peers; it returns {told}"
+    )
