@@ -235,6 +235,14 @@ def test_a_new_method_mix_or_schedule_starts_from_its_own_defaults(group, name, 
     assert getattr(renamed, group) == getattr(load_config("paper", [f"{group}={name}"]), group)
 
 
+@pytest.mark.parametrize(
+    "name", ["method=dml", "mix=none", "schedule=cosine", "data=cifar10", "loader=dali", "method=cutnmix"]
+)
+def test_a_name_by_its_own_key_is_the_bare_name(name):
+    group, _, value = name.partition("=")
+    assert load_config("quickstart", [f"{group}.name={value}"]) == load_config("quickstart", [name])
+
+
 def test_the_same_method_by_name_keeps_its_keys(tmp_path):
     path = write(tmp_path, "method: {name: dml, temperature: 5}")
     assert load_config(path, ["method=dml"]).method["temperature"] == 5
@@ -275,13 +283,31 @@ CASES = {
         "did you mean method.temperature?",
         "allowed here: temperature, alpha",
     ),
-    "key of another method": ("method: {name: dml, beta: 2}", "method.beta ", "allowed here: temperature, alpha"),
+    "key of a method that has none": (
+        "method: {name: baseline, beta: 2}",
+        "method.beta ",
+        "unknown key; allowed here: none (the keys of baseline)",
+    ),
+    "key of another method": (
+        "method: {name: dml, beta: 2}",
+        "method.beta ",
+        "unknown key; allowed here: temperature, alpha (the keys of dml)",
+    ),
     "unknown method": ("method: cutnmx", "method.name ", "'cutnmx'", f"allowed: {', '.join(METHODS)}", "mean cutnmix?"),
     "wrong type": ("epochs: many", "epochs ", "valid integer", "'many'"),
     "wrong type of a method key": ("method: {name: dml, alpha: much}", "method.alpha ", "valid number", "'much'"),
     "fraction for an integer": ("batch_size: 2.5", "batch_size ", "valid integer", "2.5"),
-    "value for a group": ("optimizer: 3", "optimizer ", "valid dictionary", "3"),
-    "nothing for a group": ("peers:", "peers ", "valid dictionary", "None"),
+    "value for a group": ("optimizer: adam", "optimizer ", "is a group of keys (lr, momentum, ", "got 'adam'"),
+    "nothing for a group": ("peers:", "peers ", "is a group of keys (network, count, form), got None"),
+    "value for a group in a group": ("distort: {colour: 1}", "distort.colour ", "a group of keys (brightness, ", "1"),
+    "value for the method": ("method: 3", "method ", "is a group of keys (name, the keys of that method), got 3"),
+    "key of a group at the top": ("lr: 0.1", "lr ", "unknown key; did you mean optimizer.lr?"),
+    "key of the method at the top": ("temperature: 2", "temperature ", "did you mean method.temperature?"),
+    "key of two groups at the top": ("alpha: 2", "alpha ", "did you mean mix.alpha or method.alpha?"),
+    "group of a group at the top": ("colour: {hue: 1}", "colour ", "unknown key; did you mean distort.colour?"),
+    "misspelt key of a group at the top": ("milestone: [1]", "milestone ", "did you mean schedule.milestones?"),
+    "key of the top in a group": ("optimizer: {epochs: 2}", "optimizer.epochs ", "did you mean epochs?"),
+    "key of another group among the method's": ("method: {name: dml, lr: 1}", "method.lr ", "mean optimizer.lr?"),
     "too small": ("peers: {count: 0}", "peers.count ", "greater than or equal to 1", "0"),
     "too large": ("distort: {flip: 1.5}", "distort.flip ", "less than or equal to 1", "1.5"),
     "true for a number": ("epochs: true", "epochs ", "should be a number", "got True"),
