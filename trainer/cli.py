@@ -113,7 +113,8 @@ def report(run: Run):
     from cutnmix.trainer.figures import draw_curves  # matplotlib takes a second: not for the other commands
 
     folder = RunFolder(run)
-    folder.read_config()
+    if not folder.config.is_file():  # nothing of it is needed, nor the modules that it may import
+        raise RunError(f"{run} is not a run: it has no config.yaml")
     records = folder.records()
     tests = [record for record in records if record["kind"] == "test"]
     display = Display()

@@ -271,18 +271,26 @@ class _Once(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse_config(tree: Any, source: str = "config") -> Config:
-    """The Config of an already resolved tree, such as a run folder's config.yaml."""
-    return _validated(tree, lambda _: source)
+def parse_config(tree: Any, source: str = "config", *, alone: bool = False) -> Config:
+    """The Config of an already resolved tree, such as a run folder's config.yaml.
+
+    `alone`: to be read, not to be built, where the run's own modules may not be. Nothing is imported, and a method that
+    is not known stays as it stands.
+    """
+    return _validated(tree, lambda _: source, alone)
 
 
-def _validated(tree: Any, origin: Callable[[str], str]) -> Config:
+def _validated(tree: Any, origin: Callable[[str], str], alone: bool = False) -> Config:
     """The Config of a tree; `origin` says of a key where it was set."""
-    _import(tree, origin)
+    if not alone:
+        _import(tree, origin)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explained(error, origin, _known_keys(tree))) from None
+    name = config.method.get("name")
+    if alone and isinstance(name, str) and name not in METHODS:
+        return config
     method = _checked_method(config.method, origin, _known_keys(tree))
     config = config.model_copy(update={"method": method, "mix": _complete(config)})
     if truths := [*_truths_for_numbers(tree, config.model_dump(), ())]:
