@@ -175,9 +175,10 @@ def methods(
     cost: Annotated[bool, typer.Option(help="measure what a step costs: a minute or two")] = True,
 ):
     """List the methods: what each needs, its keys, what it remembers of CIFAR-100, what a step of it costs here."""
-    from cutnmix.trainer.overview import make_table, overview
+    from cutnmix.trainer.overview import make_tables, overview
 
-    _print(make_table(overview(network, peers, steps if cost else 0)))
+    for table in make_tables(overview(network, peers, steps if cost else 0)):
+        _print(table)
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
