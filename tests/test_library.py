@@ -146,14 +146,14 @@ def test_networks_of_the_libraries_that_are_refused(name, reason):
         ("resnet56", "resnet56_basic"),
         ("torchvision.resnet51", "torchvision.resnet"),
         ("timm.vit_tinny_patch16_224", "timm.vit_tiny_patch16_224"),
-        ("resnet18", "torchvision.resnet18"),
+        ("resnet18", "resnet18_cifar"),  # torchvision's is made for 224 pixels
+        ("resnet50", "torchvision.resnet50"),
         ("torchvison.resnet18", "torchvision.resnet18"),
         ("timm.resnt18", "timm.resnet18"),
         ("timm.resnet18.a1_in1k", "timm.resnet18"),
         ("timm.hf-hub:timm/resnet18", "timm.resnet18"),  # nothing may be fetched
         ("vit_tiny_patch16_224", "timm.vit_tiny_patch16_224"),
         ("torchvision.deeplabv3_resnet50", None),  # torchvision has it, but it does not classify images
-        ("", None),
     ],
 )
 def test_an_unknown_name_gets_the_nearest_known_one(name, near):
@@ -162,6 +162,21 @@ def test_an_unknown_name_gets_the_nearest_known_one(name, near):
     start, _, allowed = str(error.value).partition("? Allowed: ")
     assert start.startswith(f"peers.network: no {name!r}, did you mean '{near or ''}")
     assert allowed.split(", ") == [*NETWORKS, "torchvision.NAME", "timm.NAME"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("", "one of your own? Name its module in imports"),
+        ("foo", "one of your own? Name its module in imports"),
+        ("resnet20,resnet32", "for several write a list, [resnet20, resnet32]"),
+    ],
+)
+def test_where_no_name_is_near_none_is_guessed(name, said):
+    with pytest.raises(ValueError) as error:
+        build_network(name, 5)
+    allowed = ", ".join([*NETWORKS, "torchvision.NAME", "timm.NAME"])
+    assert str(error.value) == f"peers.network: no {name!r}; {said}. Allowed: {allowed}"
 
 
 def test_without_timm_its_networks_say_how_to_get_it(monkeypatch):
