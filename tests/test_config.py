@@ -582,3 +582,31 @@ def test_what_a_method_of_ones_own_lacks_is_said_in_one_line(case, monkeypatch):
 @pytest.mark.parametrize("name", METHODS)
 def test_our_own_methods_lack_nothing(name):
     assert breach(METHODS[name]) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "lines"),
+    [
+        ("data.classes=1", ["data.classes (command line): Input should be greater than or equal to 2, got 1"]),
+        (
+            "peers.network=[]",
+            ["peers.network (command line): List should have at least 1 item after validation, not 0"],
+        ),
+        ("peers.network=[resnet20, 3]", ["peers.network (command line): Input should be a valid string, got 3"]),
+        ("peers.network=3", ["Input should be a valid string, got 3", "Input should be a valid list, got 3"]),
+        ("data.classes=cat", ["Input should be a valid integer", "Input should be a valid list, got 'cat'"]),
+    ],
+)
+def test_a_value_of_one_of_a_keys_types_is_not_told_that_it_is_none_of_another(override, lines):
+    told = refusal("quickstart", override).splitlines()
+    assert len(told) == len(lines) and all(line in said for line, said in zip(lines, told, strict=True))
+
+
+def test_a_method_that_a_run_does_not_import_may_be_ones_own(tmp_path):
+    tree = dump_config(load_config("quickstart", ["method=dml"]))
+    tree["method"]["name"] = "ensemble"
+    with pytest.raises(
+        ConfigError, match=r"^method\.name \(runs/x\): 'ensemble' is not .*own\? name its module in imports$"
+    ):
+        parse_config(tree, "runs/x")
+    assert not refusal("quickstart", "method=ensemble", "imports=[json]").endswith("imports")

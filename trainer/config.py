@@ -64,7 +64,7 @@ class PeersGroup(_Group):
     @model_validator(mode="before")
     @classmethod
     def _count_of_a_list(cls, tree: Any) -> Any:
-        if isinstance(tree, dict) and isinstance(tree.get("network"), list):
+        if isinstance(tree, dict) and isinstance(tree.get("network"), list) and tree["network"]:
             tree = {"count": len(tree["network"]), **tree}
         return tree
 
@@ -291,7 +291,7 @@ def _validated(tree: Any, origin: Callable[[str], str], alone: bool = False) -> 
     name = config.method.get("name")
     if alone and isinstance(name, str) and name not in METHODS:
         return config
-    method = _checked_method(config.method, origin, _known_keys(tree))
+    method = _checked_method(config.method, origin, _known_keys(tree), config.imports)
     config = config.model_copy(update={"method": method, "mix": _complete(config)})
     if truths := [*_truths_for_numbers(tree, config.model_dump(), ())]:
         lines = (f"{key} ({origin(key)}): Input should be a number, got {value}" for key, value in truths)
@@ -432,13 +432,16 @@ def _override(tree: dict[str, Any], text: str) -> str:
     return key
 
 
-def _checked_method(method: dict[str, Any], origin: Callable[[str], str], known: list[str]) -> dict[str, Any]:
+def _checked_method(
+    method: dict[str, Any], origin: Callable[[str], str], known: list[str], imports: list[str]
+) -> dict[str, Any]:
     """The method's keys, complete with defaults, checked against its constructor's signature."""
     name = method.get("name")
     if not isinstance(name, str) or name not in METHODS:
+        own = "" if imports else "; one of your own? name its module in imports"
         raise ConfigError(
             f"method.name ({origin('method.name')}): {name!r} is not a method; "
-            f"allowed: {', '.join(METHODS)}{_did_you_mean(str(name), METHODS)}"
+            f"allowed: {', '.join(METHODS)}{_did_you_mean(str(name), METHODS)}{own}"
         )
     if reason := breach(METHODS[name]):
         raise ConfigError(f"method.name ({origin('method.name')}): METHODS[{name!r}] is no method: {reason}")
@@ -460,9 +463,20 @@ def _checked_method(method: dict[str, Any], origin: Callable[[str], str], known:
 
 
 def _explained(error: ValidationError, origin: Callable[[str], str], known: list[str], method: str = "") -> str:
-    """A line for each of pydantic's complaints, of the method's keys where it is named."""
+    """A line for each of pydantic's complaints, of the method's keys where it is named.
+
+    Where a key may be of several types and the value is of one of them, nothing is said of the others.
+    """
     items = [(_path_of(item, method), item) for item in error.errors()]
-    return "\n".join(_explain(path, item, origin, known, method) for path, item in items)
+    of_a_type = [path for path, item in items if _is_of_its_type(item, len(path), method)]
+    told = ((path, item) for path, item in items if path not in of_a_type or _is_of_its_type(item, len(path), method))
+    return "\n".join(_explain(path, item, origin, known, method) for path, item in told)
+
+
+def _is_of_its_type(item: Any, depth: int, method: str) -> bool:
+    """Whether a complaint about a key at that depth is of its value or of a part, not of the type of the whole."""
+    below = len(item["loc"]) + bool(method) > depth + 1  # the one is the name of a union's part
+    return below or not item["type"].endswith(("_type", "_parsing"))
 
 
 def _path_of(item: Any, method: str) -> list[str]:
