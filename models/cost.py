@@ -131,7 +131,8 @@ def _try(net: nn.Module, name: str, num_classes: int, size: tuple[int, int]) -> 
         raise ValueError(
             f"peers.network: {name} does not take images of {size[0]} x {size[1]} pixels{advice} ({reason})"
         ) from error
-    D, shapes = getattr(net, "feature_dim", None), _shapes(out)
+    D: Any = getattr(net, "feature_dim", None)
+    shapes = _shapes(out)
     if shapes != ((2, num_classes), (2, D)):
         raise ValueError(
             f"peers.network: {name} with feature_dim {D} makes {shapes} of 2 images; a network makes (logits, feature) "
