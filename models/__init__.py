@@ -63,7 +63,12 @@ def check_name(name: str) -> None:
     """Raise ValueError, with the key `peers.network`, for an unknown network, or where timm is needed and missing."""
     library, _, rest = name.partition(".")
     if name not in NETWORKS and not (library in LIBRARIES and rest in library_names(library)):
+        if "," in name:
+            meant = f"; for several write a list, [{', '.join(map(str.strip, name.split(',')))}]."
+        elif near := nearest(name, NETWORKS):
+            meant = f", did you mean {near!r}?"
+        else:
+            meant = "; one of your own? Name its module in imports."
         raise ValueError(
-            f"peers.network: no {name!r}, did you mean {nearest(name, NETWORKS)!r}? "
-            f"Allowed: {', '.join(NETWORKS)}, torchvision.NAME, timm.NAME"
+            f"peers.network: no {name!r}{meant} Allowed: {', '.join(NETWORKS)}, torchvision.NAME, timm.NAME"
         )

@@ -38,8 +38,8 @@ def cost(name: str, num_classes: int, size: tuple[int, int]) -> Cost:
     Raises: ValueError, naming the key `peers.network`, for an unknown network or one that does not take such images.
     """
     net = blueprint(name, num_classes)
-    _, feature_BD, macs = _try(net, name, size)
-    return Cost(parameters(net), macs, feature_BD.shape[1])
+    feature_dim, macs = _try(net, name, num_classes, size)
+    return Cost(parameters(net), macs, feature_dim)
 
 
 def branches_cost(name: str, J: int, num_classes: int, size: tuple[int, int]) -> BranchesCost:
@@ -53,9 +53,9 @@ def branches_cost(name: str, J: int, num_classes: int, size: tuple[int, int]) ->
     net = blueprint(name, num_classes)
     if not isinstance(net, Network):
         raise ValueError(f"peers.form: {name} cannot be cut into trunk and branches; use nets")
-    _, feature_BD, macs = _try(net, name, size)
+    D, macs = _try(net, name, num_classes, size)
     _, trunk_macs = _forward(net.trunk, size)
-    whole, cut, D = parameters(net), parameters(net) + (J - 1) * parameters(net.branch), feature_BD.shape[1]
+    whole, cut = parameters(net), parameters(net) + (J - 1) * parameters(net.branch)
     return BranchesCost(
         nets=Cost(J * whole, J * macs, D),
         shared=Cost(cut, J * macs - (J - 1) * trunk_macs, D),
@@ -66,9 +66,10 @@ def branches_cost(name: str, J: int, num_classes: int, size: tuple[int, int]) ->
 def check_image_size(name: str, num_classes: int, size: tuple[int, int]) -> None:
     """Raise ValueError, naming the key `peers.network`, if a network does not take images of (H, W) pixels.
 
-    The message has the library's own words, and the size that the network is made for, if it says so.
+    The message has the library's own words, and the size that the network is made for, if it says so. One that takes
+    them and does not answer as every network does is refused too: it may be anybody's.
     """
-    _try(blueprint(name, num_classes), name, size)
+    _try(blueprint(name, num_classes), name, num_classes, size)
 
 
 def trains_on_one(name: str, num_classes: int, size: tuple[int, int]) -> bool:
@@ -89,8 +90,19 @@ def parameters(module: nn.Module) -> int:
 
 
 def blueprint(name: str, num_classes: int) -> nn.Module:
-    """`build_network` on the meta device."""
-    return on_meta(lambda: build_network(name, num_classes))
+    """`build_network` on the meta device. Raises: ValueError, naming the key `peers.network`, if it cannot be built."""
+    try:
+        net: Any = on_meta(lambda: build_network(name, num_classes))
+    except ValueError:  # in words for the user: an unknown name, a head that cannot be cut off
+        raise
+    except Exception as error:  # it may be anybody's code
+        raise ValueError(
+            f"peers.network: {name} cannot be built of a number of classes, {num_classes} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"peers.network: {name} is built as a {type(net).__name__}, which is no torch.nn.Module")
+    return net
 
 
 def made_for(name: str) -> tuple[int, int]:
@@ -108,10 +120,10 @@ def _image_size(net: nn.Module) -> int | None:
     return net.image_size if isinstance(net, Borrowed) else None
 
 
-def _try(net: nn.Module, name: str, size: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
-    """(logits, feature, MACs), or a ValueError in words for the user."""
+def _try(net: nn.Module, name: str, num_classes: int, size: tuple[int, int]) -> tuple[int, int]:
+    """(D, MACs), or a ValueError in words for the user."""
     try:
-        (logits, feature_BD), macs = _forward(net, size)
+        out, macs = _forward(net, size)
     except Exception as error:  # each network of a library has its own
         made = _image_size(net)
         advice = f"; it is made for {made} x {made}" if made else ""
@@ -119,7 +131,21 @@ def _try(net: nn.Module, name: str, size: tuple[int, int]) -> tuple[Tensor, Tens
         raise ValueError(
             f"peers.network: {name} does not take images of {size[0]} x {size[1]} pixels{advice} ({reason})"
         ) from error
-    return logits, feature_BD, macs
+    D: Any = getattr(net, "feature_dim", None)
+    shapes = _shapes(out)
+    if shapes != ((2, num_classes), (2, D)):
+        raise ValueError(
+            f"peers.network: {name} with feature_dim {D} makes {shapes} of 2 images; a network makes (logits, feature) "
+            f"of shapes (2, {num_classes}) and (2, D), and D is its feature_dim"
+        )
+    return D, macs
+
+
+def _shapes(out: Any) -> Any:
+    """Of what a network makes: the shape of a tensor, those of several, the type of what is none."""
+    if isinstance(out, tuple | list):
+        return tuple(map(_shapes, out))
+    return tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
 
 
 def _forward(module: nn.Module, size: tuple[int, int], images: int = 2) -> tuple[Any, int]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 LIBRARIES = ("torchvision", "timm")
 INSTALL = 'pip install "cutnmix[timm]"'
 PROBE_CLASSES = 7919  # a prime that no layer has for a width, so that only heads have so many outputs
+LIKE = 0.5  # of SequenceMatcher: where a name is near enough to be meant
 # Without their second classifiers, whose losses no method here knows; init_weights only because leaving it out warns.
 ALONE = {"aux_logits": False, "init_weights": True}
 KEYS = {"torchvision.googlenet": ALONE, "torchvision.inception_v3": ALONE}
@@ -81,27 +82,30 @@ def library_names(library: str) -> list[str]:
     return timm.list_models()
 
 
-def nearest(name: str, ours: Iterable[str]) -> str:
-    """The name most like it among ours and those of the libraries that are there.
+def nearest(name: str, ours: Iterable[str]) -> str | None:
+    """The name most like it among ours and those of the libraries that are there; None where none is much like it.
 
-    Of the library that it names, where that is one. Else the very same name of a library, so that resnet18 is
-    torchvision.resnet18 sooner than resnet110; else one of ours that begins so, or is much like it; else any, first by
-    what stands behind the library's name, then by the library's; torchvision, which is always there, before timm.
+    Of the library that it names, where that is one. Else one of ours that begins so (resnet18 is resnet18_cifar, for
+    images of 32 pixels, sooner than torchvision's); else the very same name of a library; else one of ours that is much
+    like it; else any, first by what stands behind the library's name, then by the library's; torchvision, which is
+    always there, before timm.
     """
     ours, libraries = list(ours), [library for library in LIBRARIES if find_spec(library)]
     names = [*ours, *(f"{library}.{rest}" for library in libraries for rest in library_names(library))]
     rest, library = _parts(name)
     if library in libraries:
         names = [known for known in names if _parts(known)[1] == library]
-    elif not library and all(_parts(known)[0] != rest for known in names):
+    elif not library:
         longer = [known for known in ours if rest and known.startswith(rest)]
-        names = longer or get_close_matches(rest, ours, n=1, cutoff=0.8) or names
+        same = [known for known in names if _parts(known)[0] == rest]
+        names = longer or same or get_close_matches(rest, ours, n=1, cutoff=0.8) or names
 
     def likeness(known: str) -> tuple[float, float]:
         known_rest, known_library = _parts(known)
         return SequenceMatcher(None, rest, known_rest).ratio(), SequenceMatcher(None, library, known_library).ratio()
 
-    return max(names, key=likeness)
+    near = max(names, key=likeness)
+    return near if likeness(near)[0] >= LIKE else None
 
 
 def describe(name: str) -> str:

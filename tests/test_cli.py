@@ -238,6 +238,13 @@ def test_report_works_before_the_first_evaluation(tmp_path, command):
     assert f"{folder.path}: no evaluation yet, 0 training records" in shown and folder.curves.exists()
 
 
+def test_report_needs_no_module_of_the_run(tmp_path, command):
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(load_config("quickstart").model_copy(update={"imports": ["a_module_that_is_not_here"]}))
+    code, shown, error = command("report", folder.path)
+    assert (code, error) == (0, "") and "no evaluation yet" in shown
+
+
 # Mistakes: exit code 2, one line, no traceback, nothing left behind
 
 

@@ -13,7 +13,7 @@ from cutnmix.pipeline.datasets import load_splits
 from cutnmix.trainer import compare as comparison
 from cutnmix.trainer import predicted
 from cutnmix.trainer.compare import compare
-from cutnmix.trainer.config import load_config
+from cutnmix.trainer.config import ConfigError, load_config
 from cutnmix.trainer.folder import RunError, RunFolder
 from cutnmix.trainer.run import train
 
@@ -132,6 +132,19 @@ def test_a_kept_file_stands_for_its_run_without_checkpoint_and_data(runs, scored
     monkeypatch.setattr(comparison, "predict_run", None)
     monkeypatch.setattr(comparison, "saved", None)
     assert compare([alone, peers]) == whole
+
+
+def test_a_kept_file_needs_neither_the_modules_nor_the_method_of_its_run(kept, tmp_path):
+    made, mine = predicted.read(kept / "alone.safetensors"), tmp_path / "mine.safetensors"
+    keys = {"imports": ["a_module_that_is_not_here"], "method": {"name": "nobodys", "weight": 0.5}}
+    predicted.write(mine, made._replace(config=made.config.model_copy(update=keys)))
+    again = predicted.read(mine).config
+    assert (again.imports, again.method) == (keys["imports"], keys["method"])
+    assert again.model_copy(update={key: getattr(made.config, key) for key in keys}) == made.config
+    assert compare([kept / "alone.safetensors", mine]).rows[0].top1 == compare([mine]).rows[0].top1
+    predicted.write(mine, made._replace(config=made.config.model_copy(update={"batch_size": 0})))
+    with pytest.raises(ConfigError, match=r"^batch_size \(.*mine.safetensors\): "):
+        predicted.read(mine)
 
 
 def test_a_kept_file_says_what_it_is_of(runs, kept):

@@ -9,7 +9,7 @@ import yaml
 from cutnmix.configs import shipped
 from cutnmix.pipeline.plan import Mix
 from cutnmix.trainer.config import Config, ConfigError, PeersGroup, dump_config, load_config, parse_config
-from cutnmix.trainer.method import Needs, Task
+from cutnmix.trainer.method import Needs, Task, breach
 from cutnmix.trainer.methods import METHODS
 
 
@@ -42,6 +42,9 @@ class Demanding:
 
     def __init__(self, task: Task, *, weight: float = 1.0) -> None:
         """Never built: only its signature is read."""
+
+    def predictions(self, outputs, batch):
+        return {}
 
 
 @pytest.fixture
@@ -232,6 +235,14 @@ def test_a_new_method_mix_or_schedule_starts_from_its_own_defaults(group, name, 
     assert getattr(renamed, group) == getattr(load_config("paper", [f"{group}={name}"]), group)
 
 
+@pytest.mark.parametrize(
+    "name", ["method=dml", "mix=none", "schedule=cosine", "data=cifar10", "loader=dali", "method=cutnmix"]
+)
+def test_a_name_by_its_own_key_is_the_bare_name(name):
+    group, _, value = name.partition("=")
+    assert load_config("quickstart", [f"{group}.name={value}"]) == load_config("quickstart", [name])
+
+
 def test_the_same_method_by_name_keeps_its_keys(tmp_path):
     path = write(tmp_path, "method: {name: dml, temperature: 5}")
     assert load_config(path, ["method=dml"]).method["temperature"] == 5
@@ -272,13 +283,31 @@ CASES = {
         "did you mean method.temperature?",
         "allowed here: temperature, alpha",
     ),
-    "key of another method": ("method: {name: dml, beta: 2}", "method.beta ", "allowed here: temperature, alpha"),
+    "key of a method that has none": (
+        "method: {name: baseline, beta: 2}",
+        "method.beta ",
+        "unknown key; allowed here: none (the keys of baseline)",
+    ),
+    "key of another method": (
+        "method: {name: dml, beta: 2}",
+        "method.beta ",
+        "unknown key; allowed here: temperature, alpha (the keys of dml)",
+    ),
     "unknown method": ("method: cutnmx", "method.name ", "'cutnmx'", f"allowed: {', '.join(METHODS)}", "mean cutnmix?"),
     "wrong type": ("epochs: many", "epochs ", "valid integer", "'many'"),
     "wrong type of a method key": ("method: {name: dml, alpha: much}", "method.alpha ", "valid number", "'much'"),
     "fraction for an integer": ("batch_size: 2.5", "batch_size ", "valid integer", "2.5"),
-    "value for a group": ("optimizer: 3", "optimizer ", "valid dictionary", "3"),
-    "nothing for a group": ("peers:", "peers ", "valid dictionary", "None"),
+    "value for a group": ("optimizer: adam", "optimizer ", "is a group of keys (lr, momentum, ", "got 'adam'"),
+    "nothing for a group": ("peers:", "peers ", "is a group of keys (network, count, form), got None"),
+    "value for a group in a group": ("distort: {colour: 1}", "distort.colour ", "a group of keys (brightness, ", "1"),
+    "value for the method": ("method: 3", "method ", "is a group of keys (name, the keys of that method), got 3"),
+    "key of a group at the top": ("lr: 0.1", "lr ", "unknown key; did you mean optimizer.lr?"),
+    "key of the method at the top": ("temperature: 2", "temperature ", "did you mean method.temperature?"),
+    "key of two groups at the top": ("alpha: 2", "alpha ", "did you mean mix.alpha or method.alpha?"),
+    "group of a group at the top": ("colour: {hue: 1}", "colour ", "unknown key; did you mean distort.colour?"),
+    "misspelt key of a group at the top": ("milestone: [1]", "milestone ", "did you mean schedule.milestones?"),
+    "key of the top in a group": ("optimizer: {epochs: 2}", "optimizer.epochs ", "did you mean epochs?"),
+    "key of another group among the method's": ("method: {name: dml, lr: 1}", "method.lr ", "mean optimizer.lr?"),
     "too small": ("peers: {count: 0}", "peers.count ", "greater than or equal to 1", "0"),
     "too large": ("distort: {flip: 1.5}", "distort.flip ", "less than or equal to 1", "1.5"),
     "true for a number": ("epochs: true", "epochs ", "should be a number", "got True"),
@@ -506,3 +535,78 @@ def test_what_a_run_folder_holds_is_held_to_the_same_needs(demanding):
     tree["peers"]["count"] = 2
     with pytest.raises(ConfigError, match=r"peers\.count \(runs/x/config\.yaml\): demanding needs at least 3 peers"):
         parse_config(tree, "runs/x/config.yaml")
+
+
+# A method of one's own
+
+
+class Positional(Demanding):
+    def __init__(self, task, weight: float = 1.0):
+        """Never built."""
+
+
+class Untyped(Demanding):
+    def __init__(self, task, *, weight=1.0):
+        """Never built."""
+
+
+class WithoutDefault(Demanding):
+    def __init__(self, task, *, weight: float):
+        """Never built."""
+
+
+class WithoutTask(Demanding):
+    def __init__(self, *, weight: float = 1.0):
+        """Never built."""
+
+
+BREACHES = {
+    "no needs": (type("Own", (), {"predictions": Demanding.predictions}), "it has no `needs`: write needs = Needs()"),
+    "no predictions": (type("Own", (), {"needs": Needs()}), "it has no `predictions`: write def predictions(self, "),
+    "a positional key": (Positional, "its key weight is not keyword-only: write def __init__(self, task, *, weight: "),
+    "a key without a type": (Untyped, "its key weight has no type, "),
+    "a key without a default": (WithoutDefault, "its key weight has no default"),
+    "no task": (WithoutTask, "its constructor takes no task: "),
+}
+
+
+@pytest.mark.parametrize("case", BREACHES)
+def test_what_a_method_of_ones_own_lacks_is_said_in_one_line(case, monkeypatch):
+    method, said = BREACHES[case]
+    monkeypatch.setitem(METHODS, "own", method)
+    message = refusal("paper", "method=own")
+    assert message.startswith(f"method.name (command line): METHODS['own'] is no method: {said}")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_our_own_methods_lack_nothing(name):
+    assert breach(METHODS[name]) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "lines"),
+    [
+        ("data.classes=1", ["data.classes (command line): Input should be greater than or equal to 2, got 1"]),
+        (
+            "peers.network=[]",
+            ["peers.network (command line): List should have at least 1 item after validation, not 0"],
+        ),
+        ("peers.network=[resnet20, 3]", ["peers.network (command line): Input should be a valid string, got 3"]),
+        ("peers.network=3", ["Input should be a valid string, got 3", "Input should be a valid list, got 3"]),
+        ("data.classes=cat", ["Input should be a valid integer", "Input should be a valid list, got 'cat'"]),
+    ],
+)
+def test_a_value_of_one_of_a_keys_types_is_not_told_that_it_is_none_of_another(override, lines):
+    told = refusal("quickstart", override).splitlines()
+    assert len(told) == len(lines) and all(line in said for line, said in zip(lines, told, strict=True))
+
+
+def test_a_method_that_a_run_does_not_import_may_be_ones_own(tmp_path):
+    tree = dump_config(load_config("quickstart", ["method=dml"]))
+    tree["method"]["name"] = "ensemble"
+    with pytest.raises(
+        ConfigError, match=r"^method\.name \(runs/x\): 'ensemble' is not .*own\? name its module in imports$"
+    ):
+        parse_config(tree, "runs/x")
+    assert not refusal("quickstart", "method=ensemble", "imports=[json]").endswith("imports")

@@ -146,14 +146,14 @@ def test_networks_of_the_libraries_that_are_refused(name, reason):
         ("resnet56", "resnet56_basic"),
         ("torchvision.resnet51", "torchvision.resnet"),
         ("timm.vit_tinny_patch16_224", "timm.vit_tiny_patch16_224"),
-        ("resnet18", "torchvision.resnet18"),
+        ("resnet18", "resnet18_cifar"),  # torchvision's is made for 224 pixels
+        ("resnet50", "torchvision.resnet50"),
         ("torchvison.resnet18", "torchvision.resnet18"),
         ("timm.resnt18", "timm.resnet18"),
         ("timm.resnet18.a1_in1k", "timm.resnet18"),
         ("timm.hf-hub:timm/resnet18", "timm.resnet18"),  # nothing may be fetched
         ("vit_tiny_patch16_224", "timm.vit_tiny_patch16_224"),
         ("torchvision.deeplabv3_resnet50", None),  # torchvision has it, but it does not classify images
-        ("", None),
     ],
 )
 def test_an_unknown_name_gets_the_nearest_known_one(name, near):
@@ -162,6 +162,21 @@ def test_an_unknown_name_gets_the_nearest_known_one(name, near):
     start, _, allowed = str(error.value).partition("? Allowed: ")
     assert start.startswith(f"peers.network: no {name!r}, did you mean '{near or ''}")
     assert allowed.split(", ") == [*NETWORKS, "torchvision.NAME", "timm.NAME"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("", "one of your own? Name its module in imports"),
+        ("foo", "one of your own? Name its module in imports"),
+        ("resnet20,resnet32", "for several write a list, [resnet20, resnet32]"),
+    ],
+)
+def test_where_no_name_is_near_none_is_guessed(name, said):
+    with pytest.raises(ValueError) as error:
+        build_network(name, 5)
+    allowed = ", ".join([*NETWORKS, "torchvision.NAME", "timm.NAME"])
+    assert str(error.value) == f"peers.network: no {name!r}; {said}. Allowed: {allowed}"
 
 
 def test_without_timm_its_networks_say_how_to_get_it(monkeypatch):
@@ -185,6 +200,51 @@ def test_without_timm_its_networks_say_how_to_get_it(monkeypatch):
 def test_a_size_that_a_network_cannot_take_is_refused(name, size, reason):
     with pytest.raises(ValueError, match=rf"^peers\.network: {name} does not take images of {reason}"):
         check_image_size(name, 5, size)
+
+
+class Own(nn.Module):
+    """What somebody may write: (logits, feature) of these sizes, `feature_dim` of that one or none."""
+
+    def __init__(self, K: int, D: int = 3, feature_dim: int | None = 3, alone: bool = False) -> None:
+        super().__init__()
+        self.head, self.D, self.alone = nn.Linear(3, K), D, alone
+        if feature_dim is not None:
+            self.feature_dim = feature_dim
+
+    def forward(self, image_BCHW):
+        feature_BD = image_BCHW.mean((2, 3))
+        logits_BK = self.head(feature_BD)
+        return logits_BK if self.alone else (logits_BK, feature_BD.expand(-1, 3)[:, : self.D])
+
+
+WANTED = r"; a network makes \(logits, feature\) of shapes \(2, 5\) and \(2, D\), and D is its feature_dim$"
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (
+            lambda K: Own(K, feature_dim=None),
+            r"with feature_dim None makes \(\(2, 5\), \(2, 3\)\) of 2 images" + WANTED,
+        ),
+        (lambda K: Own(K, feature_dim=4), r"with feature_dim 4 makes \(\(2, 5\), \(2, 3\)\) of 2 images" + WANTED),
+        (lambda K: Own(7), r"with feature_dim 3 makes \(\(2, 7\), \(2, 3\)\) of 2 images" + WANTED),
+        (lambda K: Own(K, alone=True), r"with feature_dim 3 makes \(2, 5\) of 2 images" + WANTED),
+        (lambda: Own(5), r"cannot be built of a number of classes, 5 \(TypeError: .*takes 0 positional arguments"),
+        (lambda K: None, "is built as a NoneType, which is no torch.nn.Module"),
+    ],
+    ids=["no feature_dim", "another feature_dim", "another K", "logits alone", "no argument", "nothing"],
+)
+def test_a_network_of_ones_own_is_held_to_the_contract(monkeypatch, build, said):
+    monkeypatch.setitem(NETWORKS, "own", build)
+    with pytest.raises(ValueError, match=rf"^peers\.network: own {said}"):
+        check_image_size("own", 5, (8, 8))
+
+
+def test_a_network_that_keeps_the_contract_is_taken(monkeypatch):
+    monkeypatch.setitem(NETWORKS, "own", Own)
+    check_image_size("own", 5, (8, 8))
+    assert cost("own", 5, (8, 8)).feature_dim == 3
 
 
 @pytest.mark.parametrize(

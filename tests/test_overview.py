@@ -1,5 +1,6 @@
 """`cutnmix methods` and the benchmark of methods: what they say of a method is what it is. No timing is asserted."""
 
+import io
 import json
 import sys
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from itertools import count as count_up
 
 import pytest
 import torch
+from rich.console import Console
 from tasks import TINY, tiny
 from torch import nn
 
@@ -59,9 +61,13 @@ def command(monkeypatch, capsys):
 
 
 def cells(printed: str) -> dict[str, list[str]]:
-    """The lines of the table's body by their first cell."""
-    rows = ([cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if "│" in line)
-    return {name: values for name, *values in rows}
+    """The lines of both tables' bodies by their first cell, those of a method in one."""
+    found = {}
+    for line in printed.splitlines():
+        if "│" in line:
+            name, *values = (cell.strip() for cell in line.strip("│").split("│"))
+            found.setdefault(name, []).extend(values)
+    return found
 
 
 def numel(*modules: nn.Module) -> int:
@@ -73,16 +79,29 @@ def test_the_table_says_what_each_method_declares(command):
     assert code == 0
     rows = cells(printed)
     assert rows.keys() == METHODS.keys()
-    for name, (paper, peers, form, second, refuses, keys, _, cost) in rows.items():
+    for name, (paper, peers, form, second, refuses, _, cost, keys) in rows.items():
         needs = METHODS[name].needs
         assert (paper, form, second) == (needs.paper or "-", needs.form or "any", needs.second or "-")
         assert peers == f">= {needs.min_peers}" and cost == "-"
         assert refuses == (", ".join(needs.refuses) or "-")
         assert [key.partition(":")[0] for key in keys.split(", ")] == (list(module.defaults(name)) or ["-"])
-    assert rows["ps_kd"][6] == "40.00" and rows["dml"][6] == "0.00"  # 2 x 50,000 x 100 float32, in MB
-    assert rows["dml"][5] == "temperature: 1.0, alpha: 1.0"
-    assert rows["kdcl"][5] == "variant: minlogit, temperature: null, weight: null, holdout: 0.02"
-    assert "tau2: true" in rows["cutnmix"][5] and 'teacher: ""' in rows["kd"][5]
+    assert rows["ps_kd"][5] == "40.00" and rows["dml"][5] == "0.00"  # 2 x 50,000 x 100 float32, in MB
+    assert rows["dml"][7] == "temperature: 1.0, alpha: 1.0"
+    assert rows["kdcl"][7] == "variant: minlogit, temperature: null, weight: null, holdout: 0.02"
+    assert "tau2: true" in rows["cutnmix"][7] and 'teacher: ""' in rows["kd"][7]
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_no_word_of_the_tables_is_cut_off_on_a_terminal(width, monkeypatch):
+    monkeypatch.setattr(module, "cost_of", lambda *_: 1.25)
+    screen = io.StringIO()
+    console = Console(file=screen, width=width)
+    for table in module.make_tables(overview("tiny", 2, 1)):
+        console.print(table)
+    assert "\u2026" not in screen.getvalue()
+    assert all(line.rstrip().endswith("│") for line in screen.getvalue().splitlines() if line[0] == "│")
+    words = screen.getvalue().replace("\n", " ").split()
+    assert all(f"{key}:" in words for name in METHODS for key in module.defaults(name))
 
 
 def test_state_is_what_a_method_remembers_beside_the_peers():

@@ -16,6 +16,7 @@ from cutnmix.pipeline.plan import Draws
 from cutnmix.trainer import run
 from cutnmix.trainer.build import Parts, build
 from cutnmix.trainer.config import load_config
+from cutnmix.trainer.folder import RunError
 from cutnmix.trainer.step import Learner, Step, Tally
 
 EACH = pytest.mark.parametrize("method", ["baseline", "dml", "cutnmix"])  # the others: test_methods.py
@@ -170,6 +171,23 @@ def test_the_step_takes_the_rate_it_is_given():
     train(slow, 1, lr=0.01), train(fast, 1, lr=0.02)
     moved, twice = ({n: w - start[n] for n, w in weights(p.learner).items()} for p in (slow, fast))
     torch.testing.assert_close({name: 2 * move for name, move in moved.items()}, twice, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        (torch.ones(()), "Tensor"),
+        ({"ce": torch.ones(2)}, r"\{'ce': \(2,\)\}"),
+        ({"ce": torch.ones(()), "kl": 0.0}, r"\{'ce': \(\), 'kl': 'float'\}"),
+        ({}, r"\{\}"),
+    ],
+    ids=["one tensor", "a loss a peer", "a plain number", "none"],
+)
+def test_losses_that_cannot_be_added_up_are_told_with_the_method(losses, told, monkeypatch):
+    parts = parts_of("method=dml")
+    monkeypatch.setattr(parts.learner.method, "forward", lambda *_: losses)
+    with pytest.raises(RunError, match=rf"^method: forward of DML must return named losses, .*; it returns {told}$"):
+        train(parts, 1)
 
 
 # Compiled

@@ -119,7 +119,8 @@ def report(run: Run):
     from cutnmix.trainer.figures import draw_curves  # matplotlib takes a second: not for the other commands
 
     folder = RunFolder(run)
-    folder.read_config()
+    if not folder.config.is_file():  # nothing of it is needed, nor the modules that it may import
+        raise RunError(f"{run} is not a run: it has no config.yaml")
     records = folder.records()
     tests = [record for record in records if record["kind"] == "test"]
     display = Display()
@@ -180,9 +181,10 @@ def methods(
     cost: Annotated[bool, typer.Option(help="measure what a step costs: a minute or two")] = True,
 ):
     """List the methods: what each needs, its keys, what it remembers of CIFAR-100, what a step of it costs here."""
-    from cutnmix.trainer.overview import make_table, overview
+    from cutnmix.trainer.overview import make_tables, overview
 
-    _print(make_table(overview(network, peers, steps if cost else 0)))
+    for table in make_tables(overview(network, peers, steps if cost else 0)):
+        _print(table)
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

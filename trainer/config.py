@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from cutnmix.configs import shipped
 from cutnmix.pipeline.plan import Distort, Mix
-from cutnmix.trainer.method import Needs, keys_of
+from cutnmix.trainer.method import Needs, breach, keys_of
 from cutnmix.trainer.methods import METHODS
 
 
@@ -64,7 +64,7 @@ class PeersGroup(_Group):
     @model_validator(mode="before")
     @classmethod
     def _count_of_a_list(cls, tree: Any) -> Any:
-        if isinstance(tree, dict) and isinstance(tree.get("network"), list):
+        if isinstance(tree, dict) and isinstance(tree.get("network"), list) and tree["network"]:
             tree = {"count": len(tree["network"]), **tree}
         return tree
 
@@ -227,7 +227,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The Config of a YAML file, or of a shipped recipe by name, with KEY=VALUE overrides applied in order.
 
     Keys are dotted paths (`optimizer.lr=0.1`), values YAML. A bare name at data, loader, mix, method or schedule sets
-    its `name` (`method=dml`).
+    its `name` (`method=dml`), and `method.name=dml` says the same.
 
     Raises:
         ConfigError: naming the key, where it was set, and what is allowed.
@@ -271,19 +271,28 @@ class _Once(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse_config(tree: Any, source: str = "config") -> Config:
-    """The Config of an already resolved tree, such as a run folder's config.yaml."""
-    return _validated(tree, lambda _: source)
+def parse_config(tree: Any, source: str = "config", *, alone: bool = False) -> Config:
+    """The Config of an already resolved tree, such as a run folder's config.yaml.
+
+    `alone`: to be read, not to be built, where the run's own modules may not be. Nothing is imported, and a method that
+    is not known stays as it stands.
+    """
+    return _validated(tree, lambda _: source, alone)
 
 
-def _validated(tree: Any, origin: Callable[[str], str]) -> Config:
+def _validated(tree: Any, origin: Callable[[str], str], alone: bool = False) -> Config:
     """The Config of a tree; `origin` says of a key where it was set."""
-    _import(tree, origin)
+    if not alone:
+        _import(tree, origin)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item, origin) for item in error.errors())) from None
-    config = config.model_copy(update={"method": _checked_method(config.method, origin), "mix": _complete(config)})
+        raise ConfigError(_explained(error, origin, _known_keys(tree))) from None
+    name = config.method.get("name")
+    if alone and isinstance(name, str) and name not in METHODS:
+        return config
+    method = _checked_method(config.method, origin, _known_keys(tree), config.imports)
+    config = config.model_copy(update={"method": method, "mix": _complete(config)})
     if truths := [*_truths_for_numbers(tree, config.model_dump(), ())]:
         lines = (f"{key} ({origin(key)}): Input should be a number, got {value}" for key, value in truths)
         raise ConfigError("\n".join(lines))
@@ -403,6 +412,8 @@ def _override(tree: dict[str, Any], text: str) -> str:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"{text}: the value is not YAML: {error}") from error
+    if isinstance(parsed, str) and key.removesuffix(".name") in (*_KEEP_ON_RENAME, *_DROP_ON_RENAME):
+        key = key.removesuffix(".name")  # method.name=dml is method=dml
     *groups, last = key.split(".")
     node = tree
     for group in groups:
@@ -421,14 +432,19 @@ def _override(tree: dict[str, Any], text: str) -> str:
     return key
 
 
-def _checked_method(method: dict[str, Any], origin: Callable[[str], str]) -> dict[str, Any]:
+def _checked_method(
+    method: dict[str, Any], origin: Callable[[str], str], known: list[str], imports: list[str]
+) -> dict[str, Any]:
     """The method's keys, complete with defaults, checked against its constructor's signature."""
     name = method.get("name")
     if not isinstance(name, str) or name not in METHODS:
+        own = "" if imports else "; one of your own? name its module in imports"
         raise ConfigError(
             f"method.name ({origin('method.name')}): {name!r} is not a method; "
-            f"allowed: {', '.join(METHODS)}{_did_you_mean(str(name), METHODS)}"
+            f"allowed: {', '.join(METHODS)}{_did_you_mean(str(name), METHODS)}{own}"
         )
+    if reason := breach(METHODS[name]):
+        raise ConfigError(f"method.name ({origin('method.name')}): METHODS[{name!r}] is no method: {reason}")
     keys: dict[str, Any] = keys_of(METHODS[name])
     of_variant = METHODS[name].needs.of_variant
 
@@ -442,32 +458,80 @@ def _checked_method(method: dict[str, Any], origin: Callable[[str], str]) -> dic
     try:
         checked = schema(**{key: value for key, value in method.items() if key != "name"})
     except ValidationError as error:
-        lines = (_explain(item, origin, prefix=("method",), fields=list(keys)) for item in error.errors())
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError(_explained(error, origin, known, name)) from None
     return {"name": name, **checked.model_dump()}
 
 
-def _explain(
-    item: Any, origin: Callable[[str], str], prefix: tuple[str, ...] = (), fields: list[str] | None = None
-) -> str:
+def _explained(error: ValidationError, origin: Callable[[str], str], known: list[str], method: str = "") -> str:
+    """A line for each of pydantic's complaints, of the method's keys where it is named.
+
+    Where a key may be of several types and the value is of one of them, nothing is said of the others.
+    """
+    items = [(_path_of(item, method), item) for item in error.errors()]
+    of_a_type = [path for path, item in items if _is_of_its_type(item, len(path), method)]
+    told = ((path, item) for path, item in items if path not in of_a_type or _is_of_its_type(item, len(path), method))
+    return "\n".join(_explain(path, item, origin, known, method) for path, item in told)
+
+
+def _is_of_its_type(item: Any, depth: int, method: str) -> bool:
+    """Whether a complaint about a key at that depth is of its value or of a part, not of the type of the whole."""
+    below = len(item["loc"]) + bool(method) > depth + 1  # the one is the name of a union's part
+    return below or not item["type"].endswith(("_type", "_parsing"))
+
+
+def _path_of(item: Any, method: str) -> list[str]:
+    """Groups, then one key, without list indices and pydantic's names of a union's parts."""
+    path = [*(["method"] if method else []), *(str(part) for part in item["loc"])]
+    if item["type"] == "extra_forbidden":
+        return path
+    groups = 1 if method else len([*takewhile(lambda n: _fields_at(path[:n]), range(1, len(path) + 1))])
+    return list(takewhile(str.isidentifier, path[: groups + 1]))
+
+
+def _explain(path: list[str], item: Any, origin: Callable[[str], str], known: list[str], method: str) -> str:
     """One line for one of pydantic's complaints."""
-    path = [*prefix, *(str(part) for part in item["loc"])]
     if item["type"] == "stray":  # a complaint of the whole about some of its keys
         named = ", ".join(f"{key} ({origin(key)})" for key in item["ctx"]["keys"])
         return f"{named}: {item['msg']}"
-    if item["type"] != "extra_forbidden":
-        # Without list indices and pydantic's names of a union's parts: groups, then one key.
-        groups = len(prefix) or len([*takewhile(lambda n: _fields_at(path[:n]), range(1, len(path) + 1))])
-        path = list(takewhile(str.isidentifier, path[: groups + 1]))
     key = ".".join(path)
     where = f"{key} ({origin(key)})" if key else origin("")
     if item["type"] == "extra_forbidden":
-        allowed = fields if fields is not None else _fields_at(path[:-1])
-        group = ".".join(path[:-1])
-        siblings = ", ".join(allowed)
-        return f"{where}: unknown key{_did_you_mean(path[-1], allowed, group)}; allowed here: {siblings}"
+        allowed = list(keys_of(METHODS[method])) if method else _fields_at(path[:-1])
+        listed = (", ".join(allowed) or "none") + (f" (the keys of {method})" if method else "")
+        return f"{where}: unknown key{_meant(path, allowed, known)}; allowed here: {listed}"
+    if item["type"] in ("model_type", "dict_type") and path:
+        fields = _fields_at(path) or ["name", "the keys of that method"]
+        return f"{where}: is a group of keys ({', '.join(fields)}), got {item['input']!r}"
     message = item["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" + (f", got {item['input']!r}" if item["type"] != "value_error" else "")
+
+
+def _meant(path: list[str], allowed: list[str], known: list[str]) -> str:
+    """The key of that name in other groups; else the nearest in its own; else one much like it in others."""
+    *group, key = path
+    places: dict[str, list[str]] = {}
+    for dotted in known:
+        places.setdefault(dotted.rpartition(".")[2], []).append(dotted)
+    if key not in places and (hint := _did_you_mean(key, allowed, ".".join(group))):
+        return hint
+    near = difflib.get_close_matches(key, places, n=1, cutoff=0.8)  # the key itself, where it is one
+    return f"; did you mean {' or '.join(places[near[0]])}?" if near else ""
+
+
+def _known_keys(tree: Any) -> list[str]:
+    """All keys, dotted, those of the tree's method too. Without names, which are of their groups alone."""
+    method = tree.get("method", Config.model_fields["method"].default) if isinstance(tree, dict) else None
+    name = method.get("name") if isinstance(method, dict) else method
+    own = keys_of(METHODS[name]) if isinstance(name, str) and name in METHODS else {}
+    return [*_dotted(), *(f"method.{key}" for key in own)]
+
+
+def _dotted(*path: str) -> Iterator[str]:
+    """The groups and keys below a path of groups."""
+    for key in _fields_at(path):
+        if key != "name":
+            yield ".".join((*path, key))
+            yield from _dotted(*path, key)
 
 
 def _fields_at(path: Sequence[str]) -> list[str]:

@@ -60,6 +60,25 @@ def keys_of(method: type) -> dict[str, tuple[Any, Any]]:
     return {p.name: (p.annotation, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+def breach(method: Any) -> str | None:
+    """What keeps a class from being a method, as far as it shows before one is built; None: nothing."""
+    if not isinstance(getattr(method, "needs", None), Needs):
+        return "it has no `needs`: write needs = Needs() in the class, with what the method asks for"
+    if not callable(getattr(method, "predictions", None)):
+        return "it has no `predictions`: write def predictions(self, outputs, batch): return {}"
+    parameters = [*inspect.signature(method, eval_str=True).parameters.values()]
+    if not parameters or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+        return "its constructor takes no task: write def __init__(self, task, *, KEY: TYPE = DEFAULT)"
+    for key in parameters[1:]:
+        if key.kind is not key.KEYWORD_ONLY:
+            return f"its key {key.name} is not keyword-only: write def __init__(self, task, *, {key.name}: TYPE = ...)"
+        if key.annotation is key.empty:
+            return f"its key {key.name} has no type, which says what is allowed: write {key.name}: NotNegative = ..."
+        if key.default is key.empty:
+            return f"its key {key.name} has no default"
+    return None
+
+
 class Method(Protocol):
     """An nn.Module, so that optimizer, device, compile and checkpoint need to know no more than that.
 

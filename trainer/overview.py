@@ -29,7 +29,8 @@ from cutnmix.trainer.step import Tally
 CIFAR100 = {"num_images": 50_000, "num_classes": 100}  # what the state is made for
 WARMUP = 2  # steps
 CAPTION = (
-    "State: parameters and buffers for CIFAR-100. Cost: of the baseline against itself it shows what the machine adds."
+    "State: parameters and buffers for CIFAR-100. Cost: a step / one of the baseline; of the baseline against itself "
+    "it shows what the machine adds."
 )
 
 
@@ -169,15 +170,16 @@ def batches(parts: Parts) -> Generator[tuple[Views, Draws], None, None]:
             yield views, plan.step(step)
 
 
-def make_table(rows: list[Row]) -> Table:
-    """One line a method."""
-    heads = ("method", "paper", "peers", "form", "second view", "refuses", "keys", "state, MB", "step / baseline")
-    table = Table(*heads, caption=CAPTION, caption_justify="left")
+def make_tables(rows: list[Row]) -> tuple[Table, Table]:
+    """One line a method: what it needs and costs; then its keys, which are too long to stand beside that."""
+    heads = ("method", "paper", "peers", "form", "second view", "refuses", "state, MB", "cost")
+    table, keys = Table(*heads, caption=CAPTION, caption_justify="left"), Table("method", "keys")
     for column in (table.columns[2], *table.columns[-2:]):
         column.justify = "right"
+    for column in (table.columns[0], table.columns[3], keys.columns[0]):
+        column.no_wrap = True  # on a narrow terminal
     for row in rows:
         needs = row.needs
-        keys = ", ".join(f"{key}: {_yaml(value)}" for key, value in row.keys.items())
         table.add_row(
             row.name,
             needs.paper or "-",
@@ -185,11 +187,11 @@ def make_table(rows: list[Row]) -> Table:
             needs.form or "any",
             needs.second or "-",
             ", ".join(needs.refuses) or "-",
-            keys or "-",
             "-" if row.state_mb is None else f"{row.state_mb:.2f}",
             "-" if row.cost is None else f"{row.cost:.2f} (J = {row.peers})",
         )
-    return table
+        keys.add_row(row.name, ", ".join(f"{key}: {_yaml(value)}" for key, value in row.keys.items()) or "-")
+    return table, keys
 
 
 def _yaml(value: Any) -> str:

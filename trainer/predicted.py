@@ -141,5 +141,5 @@ def read(path: Path) -> Predicted:
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else f"{error}"
         raise RunError(f"{path} is damaged, or no file of cutnmix compare --keep ({reason})") from error
-    config = parse_config(tree, str(path))
+    config = parse_config(tree, str(path), alone=True)  # predictions need neither the method nor its module
     return Predicted(run, config, checkpoint, epochs, known[known.index(test)], digest, label_N, class_N)

@@ -69,11 +69,7 @@ class Tally:
         """Add one step. Under a mix, predicting a class counts by its share of the target, so lam-weighted top-1.
 
         `weight`: of the images here in the mean over all, see Plan.weight.
-
-        Raises: RunError for a loss that is named as the sum of all or as the accuracy are.
         """
-        if taken := losses.keys() & {"total", "top1"}:
-            raise RunError(f"no loss of a method may be named {taken.pop()}: the record has that name for its own")
         self.names = [*losses, "top1"]
         guess_JB1 = logits_JBK.detach().argmax(-1, keepdim=True)
         target_JBK = target_LBK.expand(logits_JBK.shape[0], -1, -1)
@@ -149,8 +145,12 @@ class Step:
     def gradients(
         self, learner: Learner, views: Views, draws: Draws, share: float | Tensor
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Add one batch's gradients, weighed by `share`; returns losses, logits_JBK and target_LBK, without a graph."""
+        """Add one batch's gradients, weighed by `share`; returns losses, logits_JBK and target_LBK, without a graph.
+
+        Raises: RunError, naming the method, where it returns no scalars, or by names that the record has for its own.
+        """
         batch, outputs, losses = self._forward(learner, views, draws)
+        _check_losses(learner.method, losses)
         total = torch.stack(list(losses.values())).sum()
         learner.scaler.scale(total * share).backward()
         return {name: loss.detach() for name, loss in losses.items()}, outputs.logits_JBK.detach(), batch.target_LBK
@@ -180,3 +180,21 @@ class Step:
             learner.scaler.step(learner.optimizer)
             learner.scaler.update()
             learner.optimizer.zero_grad(set_to_none=not self._keeps_gradients)
+
+
+_TAKEN = {"total", "top1"}  # what a record has beside the losses
+
+
+def _check_losses(method: Any, losses: Any) -> None:
+    """Refuse what cannot be added up: a method may be anybody's. Shapes are known without waiting for the device."""
+    told: Any = type(losses).__name__
+    if isinstance(losses, dict):
+        told = {name: tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for name, x in losses.items()}
+        if taken := _TAKEN & told.keys():
+            raise RunError(f"method: no loss of {type(method).__name__} may be named {taken.pop()}, as in the record")
+        if told and all(shape == () for shape in told.values()):
+            return
+    raise RunError(
+        f"method: forward of {type(method).__name__} must return named losses, each a tensor of shape (), such as a "
+        f"sum over the peers; it returns {told}"
+    )
