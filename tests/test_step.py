@@ -190,6 +190,14 @@ def test_losses_that_cannot_be_added_up_are_told_with_the_method(losses, told, m
         train(parts, 1)
 
 
+@pytest.mark.parametrize("name", ["total", "top1"])
+def test_a_loss_has_no_name_that_the_record_has_for_its_own(name, monkeypatch):
+    parts = parts_of("method=dml")
+    monkeypatch.setattr(parts.learner.method, "forward", lambda *_: {"ce": torch.ones(()), name: torch.ones(())})
+    with pytest.raises(RunError, match=f"^method: no loss of DML may be named {name}, as in the record$"):
+        train(parts, 1)
+
+
 # Compiled
 
 

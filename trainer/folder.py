@@ -201,9 +201,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _changed(before: Config, now: Config, free: Sequence[str] = _FREE_ON_RESUME) -> list[tuple[str, Any, Any]]:
