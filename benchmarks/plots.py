@@ -4,19 +4,17 @@ The look is that of cutnmix.trainer.figures: matplotlib's objects only, the colo
 colour. This package's rows are thick, the others thin, bounds dashed.
 """
 
-import os
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from cutnmix.benchmarks.measure import Spread
 from cutnmix.benchmarks.records import Cell, Record, Sheet, middle, number, sheets_of
-from cutnmix.trainer.figures import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION
+from cutnmix.trainer.figures import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION, save
 
 Style = dict[str, Any]
 OURS, OTHERS = (BLUE, GREEN, SKY, "#004c6d", "#7fbf7b"), (VERMILLION, ORANGE, PURPLE, "#a0522d", "#888888")
@@ -41,7 +39,7 @@ def draw_record(record: Record, path: Path) -> None:
         axes.set_title(sheet.title, loc="left", fontsize=12, parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
         (_draw_lines if _points(sheet) else _draw_bars)(axes, sheet, styles)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _style(name: str, color: str) -> Style:
@@ -146,13 +144,3 @@ def _draw_bars(axes: Axes, sheet: Sheet, styles: dict[str, Style]) -> None:
     axes.set_xlim(0, 1.02 * longest)
     axes.set_yticks([])
     axes.set_xlabel(sheet.unit)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """PNG, whole or not at all."""
-    whole = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        FigureCanvasAgg(figure).print_png(whole)
-        os.replace(whole, path)
-    finally:
-        whole.unlink(missing_ok=True)

@@ -392,6 +392,10 @@ def test_every_wrong_key_gets_a_line_of_its_own(tmp_path):
         ("epochs.x=1", "epochs.x=1: epochs is a value, not a group"),
         ("optimizer.lr.x=1", "optimizer.lr.x=1: lr is a value, not a group"),
         ("epochs=[1", "epochs=[1: the value is not YAML"),
+        (
+            "distort={flip: 0.0, flip: 0.5}",
+            "distort={flip: 0.0, flip: 0.5}: the value is not YAML: line 1: flip stands twice",
+        ),
     ],
 )
 def test_an_override_that_cannot_be_applied_is_quoted(override, said):

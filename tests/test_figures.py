@@ -1,11 +1,11 @@
 """The two pictures: written whole, of the right size, of whatever a run may hold; and pyplot is never touched."""
 
 import math
+import os
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -197,11 +197,11 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
     draw_curves(run_records(), path, "old")
     old = path.read_bytes()
 
-    def torn(whole: Path) -> None:
-        Path(whole).write_bytes(b"half a picture")
+    def torn(descriptor: int) -> None:
+        os.ftruncate(descriptor, 7)
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(figures, "FigureCanvasAgg", lambda _: SimpleNamespace(print_png=torn))
+    monkeypatch.setattr(os, "fsync", torn)
     with pytest.raises(RunError, match=f"{path} cannot be written: no space left"):
         draw_curves(run_records(), path, "new")
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]

@@ -68,7 +68,7 @@ def test_a_plot_of_what_may_be_missing(tmp_path):
 
 def test_millions_leave_room_for_their_unit(monkeypatch, tmp_path):
     drawn: list[Figure] = []
-    monkeypatch.setattr(plots, "_save", lambda figure, _: drawn.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, _: drawn.append(figure))
     rows = {"2 x 1": {"1": 1_092_496, "8": 8_741_740}, "1 x 2": {"1": 3_208, "8": 3_208}}
     plots.draw_record(make_record("sample", [Sheet("What it takes", "bytes", "J", rows)], {}), tmp_path / "sample.png")
     FigureCanvasAgg(drawn[0]).draw()

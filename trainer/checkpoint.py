@@ -32,6 +32,10 @@ from cutnmix.trainer.step import Learner, Tally
 
 _FACTS = "facts.json"
 _REASON = 160  # characters of torch's message
+_OF_DEVICE = (
+    torch.OutOfMemoryError,
+    torch.AcceleratorError,
+)  # RuntimeErrors, and no fault of a file
 
 
 def save(path: Path, learner: Learner, position: Position, tally: Tally, best_top1: float, mesh: Mesh = ONE) -> None:
@@ -58,7 +62,7 @@ def save(path: Path, learner: Learner, position: Position, tally: Tally, best_to
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (torch.OutOfMemoryError, torch.AcceleratorError):  # they are RuntimeErrors too
+    except _OF_DEVICE:
         raise
     except (OSError, RuntimeError) as error:  # torch's own, of a disk that is full in the middle of a tensor
         partial.unlink(missing_ok=True)  # it would keep the disk full
@@ -76,7 +80,7 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
         if path.is_dir():
             return {"path": path, **json.loads((path / _FACTS).read_text())}
         return {"path": path, **torch.load(path, map_location=device, weights_only=True)}
-    except (torch.OutOfMemoryError, torch.AcceleratorError):  # they are RuntimeErrors too
+    except _OF_DEVICE:
         raise
     except Exception as error:  # whatever the unpickler stumbles over: KeyError, EOFError, UnpicklingError and more
         raise RunError(f"{path} is damaged, or no checkpoint ({_told(error)})") from error
@@ -144,7 +148,7 @@ def _fitting(path: Path) -> Iterator[None]:
     """One line instead of torch's list of all names that it misses."""
     try:
         yield
-    except (torch.OutOfMemoryError, torch.AcceleratorError):  # they are RuntimeErrors too
+    except _OF_DEVICE:
         raise
     except (RuntimeError, KeyError, ValueError, CheckpointException) as error:
         raise RunError(

@@ -119,8 +119,7 @@ def report(run: Run):
     from cutnmix.trainer.figures import draw_curves  # matplotlib takes a second: not for the other commands
 
     folder = RunFolder(run)
-    if not folder.config.is_file():  # nothing of it is needed, nor the modules that it may import
-        raise RunError(f"{run} is not a run: it has no config.yaml")
+    folder.expect()  # nothing of its configuration is needed, nor the modules that it may import
     records = folder.records()
     tests = [record for record in records if record["kind"] == "test"]
     display = Display()

@@ -43,6 +43,11 @@ class Data(_Group):
     val: str | None = None
     corrupt: Literal["refuse", "skip"] = "refuse"  # image files; skip: leave out, counted, what does not decode
 
+    @property
+    def own_files(self) -> bool:
+        """Whether the images are files of the user's own: nothing but root says which they are."""
+        return self.name in ("folder", "webdataset")
+
 
 class Loader(_Group):
     """How they reach the device. auto: dali where it is installed, resident elsewhere; both give the same pixels."""
@@ -207,7 +212,7 @@ class Config(_Group):
         _refuse_stray("mix", self.mix, unused, f"mix.name: {self.mix.name}")
         if self.mix.name == "cutout":
             _refuse_stray("distort", self.distort, {"cutout"}, "mix.name: cutout, which has its own length")
-        files = self.data.name in ("folder", "webdataset")
+        files = self.data.own_files
         unused = {"pad"} if files else {"image_size", "crop_scale", "crop_ratio", "region"}
         _refuse_stray("distort", self.distort, unused, f"data.name: {self.data.name}")
         unused = ({"corrupt"} if not files else set()) | ({"train", "val"} if self.data.name != "webdataset" else set())
@@ -409,7 +414,7 @@ def _override(tree: dict[str, Any], text: str) -> str:
     if not equals or not key:
         raise ConfigError(f"{text}: write KEY=VALUE, such as epochs=10 or optimizer.lr=0.1")
     try:
-        parsed = yaml.safe_load(value)
+        parsed = read_yaml(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"{text}: the value is not YAML: {error}") from error
     if isinstance(parsed, str) and key.removesuffix(".name") in (*_KEEP_ON_RENAME, *_DROP_ON_RENAME):

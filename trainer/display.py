@@ -8,9 +8,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Column, Table
 
 from cutnmix.trainer.folder import RunFolder
-from cutnmix.trainer.metrics import Scores, is_peer
-
-_FIRST = ("mean", "best_peer", "ensemble")  # then what else the method predicts by
+from cutnmix.trainer.metrics import OVER_PEERS, Scores, is_peer, peer_names
 
 
 class Display:
@@ -71,7 +69,7 @@ class Display:
 
     def scores(self, epoch: int, scores: Scores) -> None:
         """One line for one evaluation."""
-        parts = [f"{name.replace('_', ' ')} {scores[name]['top1']:.2f}" for name in (*_FIRST, *_own(scores))]
+        parts = [f"{name.replace('_', ' ')} {scores[name]['top1']:.2f}" for name in (*OVER_PEERS, *_own(scores))]
         width = len(str(self._epochs))
         self.note(f"epoch {epoch:{width}}/{self._epochs}  top-1 %: {', '.join(parts)}")
 
@@ -86,8 +84,7 @@ class Display:
         table = Table("", "top-1 %", "top-5 %", "NLL", "ECE %")
         for column in table.columns[1:]:
             column.justify = "right"
-        peers = sorted(filter(is_peer, scores), key=lambda name: int(name[4:]))
-        for name in ("mean", *peers, *_FIRST[1:], *_own(scores)):
+        for name in ("mean", *peer_names(scores), *OVER_PEERS[1:], *_own(scores)):
             score = scores[name]
             cells = (f"{score['top1']:.2f}", f"{score['top5']:.2f}", f"{score['nll']:.3f}", f"{score['ece']:.2f}")
             table.add_row(name.replace("_", " "), *cells, style="bold" if name == "mean" else "")
@@ -102,4 +99,4 @@ class Display:
 
 def _own(scores: Scores) -> list[str]:
     """The method's own predictions: a teacher, a leader."""
-    return [name for name in scores if name not in _FIRST and not is_peer(name)]
+    return [name for name in scores if name not in OVER_PEERS and not is_peer(name)]

@@ -4,7 +4,7 @@ matplotlib's objects only, never pyplot: no global state changes and no display 
 at all. Colours are those of Okabe and Ito (2008), which colour-blind readers tell apart; one thing has one colour.
 """
 
-import os
+import io
 import warnings
 from itertools import cycle
 from pathlib import Path
@@ -16,8 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from cutnmix.trainer.folder import RunError
-from cutnmix.trainer.metrics import is_peer
+from cutnmix.trainer.folder import write_atomically
+from cutnmix.trainer.metrics import peer_names
 
 Style = dict[str, Any]
 Curve = tuple[str, np.ndarray, np.ndarray, Style]  # label ("" for none), x, y, style
@@ -83,7 +83,7 @@ def _scores(test: list[dict], key: str, form: str) -> list[Curve]:
     for record in test:
         for name, scores in record["scores"].items():
             points.setdefault(name, []).append((record["epoch"], scores.get(key)))
-    peers = sorted(filter(is_peer, points), key=lambda name: int(name[4:]))
+    peers = peer_names(points)
     if len(peers) == 1:
         styles = {"teacher": SCORE_STYLES["teacher"], peers[0]: SCORE_STYLES["mean"]}
     else:
@@ -170,13 +170,8 @@ def label_ends(axes: Axes, curves: list[Curve]) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """PNG, whole or not at all: what another process reads meanwhile is the old file. Raises: RunError."""
-    whole = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # class names in other scripts
-            FigureCanvasAgg(figure).print_png(whole)
-        os.replace(whole, path)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        whole.unlink(missing_ok=True)
+    drawn = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # class names in other scripts
+        FigureCanvasAgg(figure).print_png(drawn)
+    write_atomically(path, drawn.getvalue())

@@ -26,12 +26,11 @@ from typing import Any, NamedTuple
 import yaml
 from filelock import FileLock, Timeout
 
-from cutnmix.trainer.config import Config, ConfigError, dump_config, parse_config
+from cutnmix.trainer.config import Config, ConfigError, dump_config, parse_config, read_yaml
 
 # Keys that may differ when a run is resumed: they change neither the data nor the arithmetic (the mesh and the loader:
 # but rounding, and the mesh the statistics of batch norms that are not synchronised).
 _FREE_ON_RESUME = ("name", "runs", "resume", "loader", "checkpoint", "log_every", "data.root", "data.download", "mesh")
-_OWN_IMAGES = ("folder", "webdataset")  # of these nothing but data.root says which images they are
 
 
 class RunError(Exception):
@@ -82,9 +81,7 @@ class RunFolder:
             return
         if config.resume == "never":
             raise RunError(f"{self.path} holds a run already: resume=auto goes on with it, {otherwise}")
-        free = _FREE_ON_RESUME
-        if config.data.name in _OWN_IMAGES:
-            free = tuple(key for key in free if key != "data.root")
+        free = [key for key in _FREE_ON_RESUME if not (key == "data.root" and config.data.own_files)]
         changed = [f"{key} (was {was!r}, now {now!r})" for key, was, now in _changed(self.read_config(), config, free)]
         if changed:
             raise RunError(f"{self.path} was started with other keys: {'; '.join(changed)}; {otherwise}")
@@ -119,12 +116,16 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.config, yaml.safe_dump(dump_config(config), sort_keys=False))
 
+    def expect(self) -> None:
+        """Raise RunError where it is no run's folder."""
+        if not self.config.exists():
+            raise RunError(f"{self.path} is not a run: it has no config.yaml")
+
     def read_config(self) -> Config:
         """The configuration that the run was started with."""
         try:
-            return parse_config(yaml.safe_load(self.config.read_text()), str(self.config))
-        except (FileNotFoundError, NotADirectoryError):
-            raise RunError(f"{self.path} is not a run: it has no config.yaml") from None
+            self.expect()
+            return parse_config(read_yaml(self.config.read_text()), str(self.config))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"{self.config}: {error}") from error
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
 Scores = dict[str, dict[str, float]]
-_OURS = ("mean", "best_peer", "ensemble")  # with peerN the names that no prediction of a method may have
+OVER_PEERS = ("mean", "best_peer", "ensemble")  # beside peer0, peer1, ...: names that no method may give
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def predict(
         log_probs["ensemble"] = _ensemble(log_prob_JBK, mesh.over)
         with step.autocast():
             others = learner.method.predictions(outputs, batch)
-        if taken := [name for name in others if name in _OURS or is_peer(name)]:
+        if taken := [name for name in others if name in OVER_PEERS or is_peer(name)]:
             raise RunError(f"method {type(learner.method).__name__}: no prediction of its own may be named {taken[0]}")
         log_probs |= {name: logits_BK.float().log_softmax(-1) for name, logits_BK in others.items()}
         yield log_probs, batch.label_B
@@ -99,6 +99,11 @@ def predict(
 def is_peer(name: str) -> bool:
     """Whether a name of `evaluate` is that of one peer."""
     return name.startswith("peer") and name[4:].isdigit()
+
+
+def peer_names(names: Iterable[str]) -> list[str]:
+    """Those of peers, in the order of their numbers."""
+    return sorted(filter(is_peer, names), key=lambda name: int(name[4:]))
 
 
 def _ensemble(log_prob_JBK: Tensor, over: Exchange) -> Tensor:

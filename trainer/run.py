@@ -106,7 +106,7 @@ class _Run:
             state = checkpoint.load(folder.last, parts.setting.device)
             self.position, self.tally, self.best_top1 = checkpoint.restore(state, parts.learner, self.mesh)
             going_on = f"going on at epoch {self.position.epoch + 1}, step {self.position.step}"
-            display.note(f"{folder.path}: {going_on if self.position.epoch < config.epochs else 'is finished'}")
+            display.note(f"{folder.path}: {'is finished' if self.finished else going_on}")
         self.began, self.saved_at = time.perf_counter(), self.global_step
         if parts.setting.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(parts.setting.device)
@@ -120,14 +120,18 @@ class _Run:
     def global_step(self) -> int:
         return self.position.epoch * self.steps_per_epoch + self.position.step
 
+    @property
+    def finished(self) -> bool:
+        """Whether no epoch is left."""
+        return self.position.epoch == self.config.epochs
+
     def go(self) -> dict[str, Any]:
         """All epochs that are left."""
-        config = self.config
-        if self.position.epoch < config.epochs:
+        if self.writer and not self.finished:
             self._begin_session()
-        self.display.start(self.folder.path, config.epochs, self.steps_per_epoch, self.global_step)
+        self.display.start(self.folder.path, self.config.epochs, self.steps_per_epoch, self.global_step)
         try:
-            while self.position.epoch < config.epochs:
+            while not self.finished:
                 self._epoch()
         finally:
             if self.writer:
