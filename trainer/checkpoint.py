@@ -32,10 +32,7 @@ from cutnmix.trainer.step import Learner, Tally
 
 _FACTS = "facts.json"
 _REASON = 160  # characters of torch's message
-_OF_DEVICE = (
-    torch.OutOfMemoryError,
-    torch.AcceleratorError,
-)  # RuntimeErrors, and no fault of a file
+_OF_DEVICE = (torch.OutOfMemoryError, torch.AcceleratorError)  # RuntimeErrors, and no fault of a file
 
 
 def save(path: Path, learner: Learner, position: Position, tally: Tally, best_top1: float, mesh: Mesh = ONE) -> None:
