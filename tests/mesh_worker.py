@@ -1,14 +1,15 @@
 """One process of a mesh: trains small networks in every mode that test_mesh.py compares, and leaves what came out.
 
-torchrun --nproc-per-node N tests/mesh_worker.py FOLDER DATAxPEER...      meshes of N processes, one after another
+`launch` starts N of them by torchrun's agent, as forks of a process that has imported everything.
 """
 
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor.debug import CommDebugMode
 
 from cutnmix.benchmarks.scale_check import Sent
@@ -144,8 +145,22 @@ def main(folder: Path, data: int, peer: int) -> None:
         torch.save(made, folder / f"{data}x{peer}-rank{mesh.rank}.pt")
 
 
-if __name__ == "__main__":
-    for start, mesh in enumerate(sys.argv[2:]):
+def each(folder: Path, meshes: Sequence[tuple[int, int]]) -> None:
+    """What each process does: meshes of so many processes, one after another."""
+    for start, mesh in enumerate(meshes):
         # Counted on as torchrun does when it starts processes anew, so that none looks for those of the former mesh.
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(start)
-        main(Path(sys.argv[1]), *map(int, mesh.split("x")))
+        main(folder, *mesh)
+
+
+def launch(folder: Path, meshes: Sequence[tuple[int, int]], log: Path) -> None:
+    """As torchrun --standalone, which takes a script for each process to start from nothing."""
+    with log.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    data, peer = meshes[0]
+    config = LaunchConfig(
+        1, 1, data * peer, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
+        start_method="fork",
+    )  # fmt: skip
+    elastic_launch(config, each)(folder, meshes)
