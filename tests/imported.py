@@ -12,7 +12,8 @@ import cutnmix.trainer.picture
 import cutnmix.trainer.run
 from cutnmix.pipeline import load_splits
 
-load_splits("digits")  # read once
+for name in ("digits", "digits16"):  # read once
+    load_splits(name)
 
 try:
     import cutnmix.pipeline.dali  # noqa: F401

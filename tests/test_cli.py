@@ -209,7 +209,7 @@ def test_images_that_are_not_there_are_refused(verb, trained, command, tmp_path)
     whole.begin(load_config("quickstart"))
     whole.last.write_bytes(folder.last.read_bytes())
     code, _, error = command(verb, whole.path, "--on", "unused")
-    assert (code, error) == (2, "error: data.images_per_class: None leaves no training image of digits unused\n")
+    assert (code, error) == (2, "error: data.images_per_class: None leaves no training image of digits16 unused\n")
 
 
 def test_a_checkpoint_of_other_networks_is_one_line(trained, command, tmp_path):
@@ -441,7 +441,7 @@ def test_a_batch_too_small_for_its_norms_is_refused(keys, said, tmp_path):
 
 def test_a_size_that_a_network_does_not_take_is_told_before_that_of_a_batch(tmp_path):
     small = ["data.images_per_class=1", "batch_size=3", "method=dml", "mix=none", f"runs={tmp_path / 'runs'}"]
-    with pytest.raises(ConfigError, match=r"^peers\.network: torchvision\.vit_b_16 does not take images of 32 x 32"):
+    with pytest.raises(ConfigError, match=r"^peers\.network: torchvision\.vit_b_16 does not take images of 16 x 16"):
         run.train(load_config("quickstart", [*small, "peers.network=torchvision.vit_b_16"]))
 
 

@@ -32,7 +32,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
 
 def test_scores_are_those_on_record(runs):
     compared = compare([runs["alone"], runs["peers"]])
-    assert compared.images == len(load_splits("digits").test)
+    assert compared.images == len(load_splits("digits16").test)
     assert [(row.run, row.prediction) for row in compared.rows] == [
         *(("alone", name) for name in ("mean", "ensemble")),
         *(("peers", name) for name in ("mean", "ensemble", "teacher")),
@@ -74,7 +74,7 @@ def test_a_run_and_its_copy_do_not_differ(runs, tmp_path):
 
 
 def test_unused_images_are_those_of_training_that_no_run_saw(runs, tmp_path):
-    whole, splits = load_splits("digits"), load_splits("digits", images_per_class=8, test="unused")
+    whole, splits = load_splits("digits16"), load_splits("digits16", images_per_class=8, test="unused")
     compared = compare([*runs.values()], test="unused")
     assert compared.images == len(whole.train) - 80 == len(splits.test)
     seen = {image.tobytes() for image in splits.train.array}
@@ -148,7 +148,7 @@ def test_a_kept_file_needs_neither_the_modules_nor_the_method_of_its_run(kept, t
 
 
 def test_a_kept_file_says_what_it_is_of(runs, kept):
-    found, wanted = predicted.read(kept / "peers.safetensors"), load_splits("digits")
+    found, wanted = predicted.read(kept / "peers.safetensors"), load_splits("digits16")
     assert found[:1] + found[2:5] == ("peers", "last", 1.0, "test")
     assert found.config == RunFolder(runs["peers"]).read_config().model_copy(update={"runs": Path("runs")})
     assert found.digest == wanted.test.digest()

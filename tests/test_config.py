@@ -155,12 +155,14 @@ def test_a_bare_name_in_the_file_is_short_for_its_group(tmp_path):
     assert [config.method["name"], *(group.name for group in groups)] == ["dml", "none", "digits", "resident", "cosine"]
 
 
-@pytest.mark.parametrize(("data", "length"), [("cifar100", 8), ("cifar10", 16), ("digits", 16), ("folder", 16)])
+@pytest.mark.parametrize(
+    ("data", "length"), [("cifar100", 8), ("cifar10", 16), ("digits", 16), ("digits16", 8), ("folder", 16)]
+)
 def test_cutout_is_as_long_as_its_paper_chose_for_the_data(data, length):
-    keys = [f"data={data}", "mix=cutout", *(["distort.pad=4"] if data == "folder" else [])]
+    keys = [f"data={data}", "mix=cutout"]
     assert load_config("paper", keys).mix == Mix(name="cutout", length=length)
     assert load_config("paper", [*keys, "mix.length=5"]).mix.length == 5
-    assert load_config("paper", [f"data={data}", "mix=none", *keys[2:]]).mix.length is None
+    assert load_config("paper", [f"data={data}", "mix=none"]).mix.length is None
 
 
 def test_peers_of_one_network_are_counted_and_those_of_a_list_are_listed(tmp_path):
@@ -259,6 +261,30 @@ def test_a_new_data_set_or_loader_keeps_the_other_keys(group, name, sibling, tmp
     values = getattr(load_config(path, [f"{group}={name}"]), group)
     assert values.name == name
     assert str(getattr(values, sibling)) == {"root": "here", "prefetch": "5"}[sibling]
+
+
+@pytest.mark.parametrize(
+    ("text", "new", "kept"),
+    [
+        ("data: digits\ndistort: {pad: 2, flip: 0.25}", "folder", {"flip": 0.25}),
+        ("distort: {pad: 2, flip: 0.25}", "webdataset", {"flip": 0.25}),
+        ("data: digits\ndistort: {pad: 2, flip: 0.25}", "cifar100", {"pad": 2, "flip": 0.25}),
+        ("data: folder\ndistort: {image_size: 64, region: centre, flip: 0.25}", "digits", {"flip": 0.25}),
+        ("data: folder\ndistort: {image_size: 64, flip: 0.25}", "webdataset", {"image_size": 64, "flip": 0.25}),
+    ],
+)
+def test_new_images_leave_the_distortions_of_the_other_kind(text, new, kept, tmp_path):
+    path = write(tmp_path, text)
+    made = load_config(path, [f"data={new}"])
+    assert made == load_config(path, [f"data.name={new}"])
+    assert made == load_config(write(tmp_path, yaml.safe_dump({"data": new, "distort": kept})))
+
+
+def test_distortions_that_the_command_line_asks_for_are_never_left(tmp_path):
+    path = write(tmp_path, "data: digits\ndistort: {pad: 2}")
+    for override in ("distort.pad=3", "distort={pad: 3}"):
+        assert "distort.pad (command line): would do nothing" in refusal(path, override, "data=folder")
+    assert "distort.pad " in refusal(write(tmp_path, "data: folder\ndistort: {pad: 2}"), "data=folder")
 
 
 def test_a_group_left_empty_in_the_file_can_be_named_on_the_command_line(tmp_path):

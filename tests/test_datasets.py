@@ -26,6 +26,7 @@ from torchvision.datasets import CIFAR10
 from cutnmix.pipeline.datasets import DATASETS, DataError, Dataset, Splits, load_splits
 
 FILES = ["data_batch_1", "data_batch_2", "test_batch", "batches.meta"]
+DIGITS = pytest.mark.parametrize(("name", "side"), [("digits", 32), ("digits16", 16)])
 ONE_DOWNLOAD = 2  # requests: torchvision asks once for redirections and once for the content
 
 
@@ -347,36 +348,40 @@ def test_real_missing_file(tmp_path, cifar_root, name):
 # digits
 
 
-def test_digits_is_a_fixed_stratified_split_of_all():
-    train, test = load_splits("digits")
+@DIGITS
+def test_digits_is_a_fixed_stratified_split_of_all(name, side):
+    train, test = load_splits(name)
     assert (len(train), len(test)) == (1442, 355)
     assert np.bincount(test.labels).tolist() == [35, 36, 35, 36, 36, 36, 36, 35, 34, 36]
     assert np.bincount(train.labels).tolist() == [143, 146, 142, 147, 145, 146, 145, 144, 140, 144]
     everything = [image.tobytes() for data in (train, test) for image in data.images]
     assert len(set(everything)) == 1797  # so the halves are disjoint, and nothing is lost
-    again = load_splits("digits")
+    again = load_splits(name)
     assert same(train, again.train) and same(test, again.test)
+    assert (train.name, test.name) == (f"{name}/train", f"{name}/test")
 
 
-def test_digits_images_are_scikit_learns_at_four_times_the_size():
-    train, test = load_splits("digits")
+@DIGITS
+def test_digits_images_are_scikit_learns_at_a_multiple_of_their_size(name, side):
+    train, test = load_splits(name)
     raw = load_digits()
     members = np.flatnonzero(raw.target == 3)
     originals = np.rint(raw.images[np.delete(members, np.s_[4::5])] * (255 / 16))
-    expected = F.interpolate(torch.from_numpy(originals)[:, None], size=(32, 32), mode="bilinear")[:, 0]
+    expected = F.interpolate(torch.from_numpy(originals)[:, None], size=(side, side), mode="bilinear")[:, 0]
     images = train.images[train.labels == 3]
-    assert images.shape == (147, 32, 32, 3) and images.dtype == np.uint8 and images.flags.c_contiguous
+    assert images.shape == (147, side, side, 3) and images.dtype == np.uint8 and images.flags.c_contiguous
     assert (images == images[..., :1]).all()
     assert (torch.from_numpy(images[..., 0]) - expected).abs().max() <= 1  # Pillow rounds after each axis
     assert train.images.max() == 255 and test.images.min() == 0
     assert train.classes == tuple("0123456789")
 
 
-def test_digits_mean_and_std_are_those_of_the_training_half():
-    train, test = load_splits("digits")
+@DIGITS
+def test_digits_mean_and_std_are_those_of_the_training_half(name, side):
+    train, test = load_splits(name)
     np.testing.assert_allclose(train.mean, (train.images / 255).mean(axis=(0, 1, 2)))
     np.testing.assert_allclose(train.std, (train.images / 255).std(axis=(0, 1, 2)))
-    subset = load_splits("digits", classes=[1, 7], images_per_class=5)
+    subset = load_splits(name, classes=[1, 7], images_per_class=5)
     assert train.mean == test.mean == subset.train.mean and train.std == test.std == subset.test.std
 
 
@@ -588,7 +593,7 @@ def test_a_digest_of_files_is_that_of_their_copies_elsewhere(tree, tmp_path):
         there.digest()
 
 
-@pytest.mark.parametrize("name", sorted(DATASETS.keys() - {"digits"}))
+@pytest.mark.parametrize("name", sorted(DATASETS.keys() - {"digits", "digits16"}))
 def test_data_on_disk_needs_a_root(name):
     with pytest.raises(DataError, match=r"data.root"):
         load_splits(name)

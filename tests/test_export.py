@@ -49,7 +49,7 @@ export(Path("runs/mine"), "onnx", "mean")
 PLAIN_TORCH = """\
 import torch
 program = torch.export.load("runs/mine/export/peer0.pt2").module()
-logits = program(torch.rand(5, 3, 32, 32))
+logits = program(torch.rand(5, 3, 16, 16))
 """
 CLASSES = """\
 import json
@@ -60,7 +60,7 @@ classes = json.loads(files["classes"])
 PLAIN_ONNX = """\
 from onnxruntime import InferenceSession
 session = InferenceSession("runs/mine/export/mean.onnx")
-(logits,) = session.run(["logits"], {"image": torch.rand(5, 3, 32, 32).numpy()})
+(logits,) = session.run(["logits"], {"image": torch.rand(5, 3, 16, 16).numpy()})
 """
 
 
@@ -152,13 +152,13 @@ def test_a_program_carries_its_names(trained, tmp_path):
     folder, files = trained("branches"), {"classes": "", "network": ""}
     torch.export.load(export(folder.path, "torch_export", "1", tmp_path / "x.pt2")[0], extra_files=files)
     path, what = export(folder.path, "onnx", "1", tmp_path / "x.onnx")
-    assert what == "peer 1 (tiny) of last.pt: image (B, 3, 32, 32) in [0, 1] -> logits (B, 4)"
+    assert what == "peer 1 (tiny) of last.pt: image (B, 3, 16, 16) in [0, 1] -> logits (B, 4)"
     session = onnxruntime.InferenceSession(path)
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(files["classes"]) == json.loads(metadata["classes"]) == [*"0123"]
     assert files["network"] == metadata["network"] == "tiny"
     (given,), (made,) = session.get_inputs(), session.get_outputs()
-    assert (given.name, given.shape, given.type) == ("image", ["batch", 3, 32, 32], "tensor(float)")
+    assert (given.name, given.shape, given.type) == ("image", ["batch", 3, 16, 16], "tensor(float)")
     assert (made.name, made.shape, made.type) == ("logits", ["batch", 4], "tensor(float)")
 
 
@@ -173,8 +173,8 @@ def test_weights_are_the_peers_to_the_last_bit_and_load_without_the_run(name, tr
     config = folder.read_config()
     peers = Peers(config.peers.networks, num_classes=4, seed=0, form=config.peers.form)
     peers.load_state_dict(torch.load(folder.last, weights_only=True)["learner"]["peers"])
-    image_BCHW, nets = torch.randn(2, 3, 32, 32), peers.eval()
-    train = load_splits("digits", classes=4, images_per_class=12).train
+    image_BCHW, nets = torch.randn(2, 3, 16, 16), peers.eval()
+    train = load_splits("digits16", classes=4, images_per_class=12).train
     for j in range(2):
         weights, metadata = read(export(folder.path, "safetensors", str(j))[0])
         at_the_end, same = read(folder.peers / f"peer{j}.safetensors")
@@ -183,7 +183,7 @@ def test_weights_are_the_peers_to_the_last_bit_and_load_without_the_run(name, tr
         network.load_state_dict(weights)
         assert torch.equal(network(image_BCHW)[0], nets.network(j)(image_BCHW)[0])
         told = {key: json.loads(metadata[key]) for key in ("classes", "mean", "std", "image_size")}
-        assert told == {"classes": [*"0123"], "mean": [*train.mean], "std": [*train.std], "image_size": [32, 32]}
+        assert told == {"classes": [*"0123"], "mean": [*train.mean], "std": [*train.std], "image_size": [16, 16]}
         assert (metadata["peer"], metadata["cutnmix"]) == (str(j), "0.1.0")
 
     weights, metadata = read(export(folder.path, "safetensors", "mean")[0])
@@ -244,7 +244,7 @@ def test_the_readmes_lines_need_nothing_but_torch_and_onnxruntime(trained, monke
     folder = trained("mine")
     monkeypatch.chdir(folder.path.parents[1])
     exec(FROM_PYTHON, {})
-    torch.save(image_BCHW := torch.rand(5, 3, 32, 32), tmp_path / "image.pt")
+    torch.save(image_BCHW := torch.rand(5, 3, 16, 16), tmp_path / "image.pt")
     plain = "\n".join([
         "import sys",
         "sys.modules['cutnmix'] = None  # importing it fails from here on",
@@ -260,7 +260,7 @@ def test_the_readmes_lines_need_nothing_but_torch_and_onnxruntime(trained, monke
 
     peers = Peers(["resnet20"] * 2, num_classes=10, seed=0).eval()
     peers.load_state_dict(torch.load(folder.last, weights_only=True)["learner"]["peers"])
-    train = load_splits("digits", images_per_class=4).train
+    train = load_splits("digits16", images_per_class=4).train
     mean_C11, std_C11 = (torch.tensor(value)[:, None, None] for value in (train.mean, train.std))
     with torch.no_grad():
         logits_JBK = peers(((image_BCHW - mean_C11) / std_C11)[None]).logits_JBK
@@ -323,7 +323,7 @@ def command(monkeypatch, capsys):
 def test_the_command_says_one_line_and_the_exporters_none(trained, command, tmp_path):
     out = tmp_path / "new" / "x.onnx"
     code, printed, error = command(trained("nets").path, "--format", "onnx", "--peer", "mean", "--out", out)
-    said = "the mean of 2 peers (tiny, wide) of last.pt: image (B, 3, 32, 32) in [0, 1] -> logits (B, 4)"
+    said = "the mean of 2 peers (tiny, wide) of last.pt: image (B, 3, 16, 16) in [0, 1] -> logits (B, 4)"
     assert (code, printed, error) == (0, f"{out}: {said}\n", "")
     assert [path.name for path in out.parent.iterdir()] == ["x.onnx"]
 

@@ -101,7 +101,7 @@ def test_a_run_with_other_keys_is_refused_with_each_of_them(folder):
     for change in (
         "optimizer.lr (was 0.05, now 1.5)",
         "distort.colour.hue (was 0.0, now 3.0)",
-        "epochs (was 6, now 13)",
+        "epochs (was 9, now 13)",
     ):
         assert change in message
     assert "method.name (was 'cutnmix', now 'dml')" in message and "method.beta (was 0.3, now None)" in message

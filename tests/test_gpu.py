@@ -26,7 +26,14 @@ from cutnmix.trainer.step import Tally
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]  # Dynamo's and Inductor's own warnings
 LOADERS = pytest.mark.parametrize("loader", ["resident", "dali"])
 # 130 images: four batches of 30 and one of 10.
-KEYS = ["device=cuda", "data.images_per_class=13", "batch_size=30", "peers.network=resnet20", "distort.flip=0.5"]
+KEYS = [
+    "device=cuda",
+    "data=digits",
+    "data.images_per_class=13",
+    "batch_size=30",
+    "peers.network=resnet20",
+    "distort.flip=0.5",
+]
 LR = 1e-4  # so that rounding does not grow over twenty steps: the same gradients are what is compared
 
 

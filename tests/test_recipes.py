@@ -41,8 +41,8 @@ STEPS = [(name, dtype) for name in EVERY_NETWORK for dtype in ("bf16", "fp32") i
 @pytest.mark.slow
 @pytest.mark.parametrize(("network", "precision"), STEPS)
 def test_every_network_makes_a_step_with_cutnmix(network, precision):
-    keys = [f"peers.network={network}", f"precision={precision}", "data.images_per_class=1", "batch_size=2"]
-    parts = build(load_config("quickstart", [*keys, "loader=resident"]))
+    keys = [f"peers.network={network}", f"precision={precision}", "batch_size=2", "loader=resident"]
+    parts = build(load_config("quickstart", [*keys, "data=digits", "data.images_per_class=1"]))
     plan, tally = parts.plan(0), Tally([])
     views = next(iter(parts.loader.epoch(plan)))
     before = [p.detach().clone() for p in parts.learner.peers.parameters()]
@@ -50,8 +50,10 @@ def test_every_network_makes_a_step_with_cutnmix(network, precision):
     losses = tally.read()
     assert losses.keys() == {"ce", "dml", "mmd", "pt", "pt_ce", "total", "top1"}
     assert all(math.isfinite(loss) for loss in losses.values())
-    moved = [not torch.equal(p, old) for p, old in zip(parts.learner.peers.parameters(), before, strict=True)]
-    assert all(moved)
+    for (name, p), old in zip(parts.learner.peers.named_parameters(), before, strict=True):
+        assert "momentum_buffer" in parts.learner.optimizer.state[p], name
+        # MobileNet has shifts that a linear layer and a norm take out again: in bf16 their gradient may be exactly 0.
+        assert not torch.equal(p, old) or (network not in NETWORKS and p.ndim == 1), name
 
 
 @pytest.mark.parametrize("recipe", [name for name in shipped() if name.startswith("imagenet/")])

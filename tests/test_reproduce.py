@@ -258,7 +258,7 @@ def test_a_scaled_run_has_the_same_shape(recipe, value):
     full = load_config(recipe, ["schedule.warmup_epochs=2"])
     short = Scale(value).apply(full)
     labels = load_splits("digits").train.labels
-    images = {"cifar100": 500, "digits": int(min(Counter(labels.tolist()).values()))}[full.data.name]
+    images = {"cifar100": 500, "digits16": int(min(Counter(labels.tolist()).values()))}[full.data.name]
     assert short.epochs == max(1, round(value * full.epochs))
     assert short.data.images_per_class == round(value * images)
     assert -(-short.epochs // short.eval_every) <= 10
@@ -296,12 +296,12 @@ def test_pflop_of_the_papers_runs_are_those_of_the_survey():
 
 def test_flops_are_those_of_a_real_forward_and_backward():
     config = load_config("quickstart", ["epochs=3", "eval_every=2", "data.images_per_class=10"])
-    net, image = build_peer("resnet20", 10, seed=0, j=0), torch.randn(4, 3, 32, 32)
+    net, image = build_peer("resnet20", 10, seed=0, j=0), torch.randn(4, 3, 16, 16)
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         net(image)
     with FlopCounterMode(display=False) as both:
         net(image)[0].sum().backward()
-    cost, tests = estimate.work(config), len(load_splits("digits").test)
+    cost, tests = estimate.work(config), len(load_splits("digits16").test)
     images = 2 * 3 * 100  # peers, epochs, images
     assert cost.train_flops == 3 * images * forward.get_total_flops() // 4
     assert cost.train_flops == pytest.approx(images * both.get_total_flops() / 4, rel=0.01)  # no gradient to the image
@@ -352,8 +352,8 @@ def test_branches_cost_less_than_networks():
 
 def test_sizes_are_those_of_the_data_set():
     keys = ["data.classes=4", "data.images_per_class=9"]
-    train, test = load_splits("digits", classes=4, images_per_class=9)
-    assert estimate.sizes(load_config("quickstart", keys)) == (len(train), len(test), 4, (32, 32))
+    train, test = load_splits("digits16", classes=4, images_per_class=9)
+    assert estimate.sizes(load_config("quickstart", keys)) == (len(train), len(test), 4, (16, 16))
 
 
 @pytest.mark.cifar

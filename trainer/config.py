@@ -138,6 +138,11 @@ _KEYS_OF_MIX = {
 }
 
 
+def _idle_distortions(data: Data) -> set[str]:
+    """The keys under `distort` that do nothing for images of that data set."""
+    return {"pad"} if data.own_files else {"image_size", "crop_scale", "crop_ratio", "region"}
+
+
 def _refuse_stray(group: str, values: BaseModel, keys: set[str], under: str) -> None:
     """Refuse keys of a group that do nothing here, where they are not at their defaults. For a validator to call."""
     fields = type(values).model_fields
@@ -212,9 +217,8 @@ class Config(_Group):
         _refuse_stray("mix", self.mix, unused, f"mix.name: {self.mix.name}")
         if self.mix.name == "cutout":
             _refuse_stray("distort", self.distort, {"cutout"}, "mix.name: cutout, which has its own length")
+        _refuse_stray("distort", self.distort, _idle_distortions(self.data), f"data.name: {self.data.name}")
         files = self.data.own_files
-        unused = {"pad"} if files else {"image_size", "crop_scale", "crop_ratio", "region"}
-        _refuse_stray("distort", self.distort, unused, f"data.name: {self.data.name}")
         unused = ({"corrupt"} if not files else set()) | ({"train", "val"} if self.data.name != "webdataset" else set())
         _refuse_stray("data", self.data, unused, f"data.name: {self.data.name}")
         if self.schedule.name != "step":
@@ -232,7 +236,8 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The Config of a YAML file, or of a shipped recipe by name, with KEY=VALUE overrides applied in order.
 
     Keys are dotted paths (`optimizer.lr=0.1`), values YAML. A bare name at data, loader, mix, method or schedule sets
-    its `name` (`method=dml`), and `method.name=dml` says the same.
+    its `name` (`method=dml`), and `method.name=dml` says the same. Of the file's keys those go that have a meaning only
+    under the name that it gave: those of its method, mix or schedule, and the distortions of its kind of images.
 
     Raises:
         ConfigError: naming the key, where it was set, and what is allowed.
@@ -247,7 +252,13 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     for group in (*_KEEP_ON_RENAME, *_DROP_ON_RENAME):
         if isinstance(tree.get(group), str):
             tree[group] = {"name": tree[group]}
+    named = _name_in(tree, "data")
     overridden = [_override(tree, text) for text in overrides]
+    distort, name = tree.get("distort"), _name_in(tree, "data")
+    if isinstance(distort, dict) and "distort" not in overridden and isinstance(name, str) and name != named:
+        for key in _idle_distortions(Data(name=name)):
+            if f"distort.{key}" not in overridden:
+                distort.pop(key, None)
     peers = tree.get("peers")
     if isinstance(peers, dict) and isinstance(peers.get("network"), list):
         if "peers.network" in overridden and "peers.count" not in overridden:
@@ -258,6 +269,11 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         return "command line" if key and related else str(path)
 
     return _validated(tree, origin)
+
+
+def _name_in(tree: dict[str, Any], group: str) -> Any:
+    values = tree.get(group)
+    return values.get("name") if isinstance(values, dict) else None
 
 
 def read_yaml(text: str) -> Any:
@@ -336,11 +352,11 @@ def _import(tree: Any, origin: Callable[[str], str]) -> None:
 
 
 def _complete(config: Config) -> Mix:
-    """The mix with what its paper chose by data set, and with as many groups as the batch has parts."""
+    """The mix with what its paper chose by data set, half a side at most, and as many groups as the batch has parts."""
     if config.mix.has_partner and config.mix.groups is None and config.mesh.data > 1:
         return config.mix.model_copy(update={"groups": config.mesh.data})
     if config.mix.name == "cutout" and config.mix.length is None:
-        return config.mix.model_copy(update={"length": 8 if config.data.name == "cifar100" else 16})
+        return config.mix.model_copy(update={"length": 8 if config.data.name in ("cifar100", "digits16") else 16})
     return config.mix
 
 
