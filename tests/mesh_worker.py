@@ -153,11 +153,8 @@ def each(folder: Path, meshes: Sequence[tuple[int, int]]) -> None:
         main(folder, *mesh)
 
 
-def launch(folder: Path, meshes: Sequence[tuple[int, int]], log: Path) -> None:
+def launch(folder: Path, meshes: Sequence[tuple[int, int]]) -> None:
     """As torchrun --standalone, which takes a script for each process to start from nothing."""
-    with log.open("w") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
     data, peer = meshes[0]
     config = LaunchConfig(
         1, 1, data * peer, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,

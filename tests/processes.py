@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing import get_context
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 CONTEXT = get_context("forkserver")  # forks from one that has one thread, which those of pytest may not have
@@ -24,10 +26,8 @@ class Started:
     """`cutnmix ARGUMENTS` with all that it prints at the end of the file `log`; as subprocess.Popen otherwise."""
 
     def __init__(self, arguments: Sequence[str], log: Path):
-        with patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):  # for the first one, from which the others come
-            # daemon: a test that fails leaves none behind
-            self._process = CONTEXT.Process(target=_cutnmix, args=([*arguments], log), daemon=True)
-            self._process.start()
+        # daemon: a test that fails leaves none behind
+        self._process = fork(log, _cutnmix, [*arguments], daemon=True)
         assert self._process.pid
         self.pid = self._process.pid
 
@@ -58,10 +58,22 @@ def wait_until(done: Callable[[], object], process: Started | subprocess.Popen) 
         time.sleep(0.01)
 
 
-def _cutnmix(arguments: list[str], log: Path) -> None:
+def fork(log: Path, function: Callable[..., None], *arguments: Any, daemon: bool) -> ForkServerProcess:
+    """A process that calls the function, its output at the end of the file. A daemon may start no others."""
+    with patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):  # for the first one, from which the others come
+        process = CONTEXT.Process(target=_logged, args=(log, function, arguments), daemon=daemon)
+        process.start()
+    return process
+
+
+def _logged(log: Path, function: Callable[..., None], arguments: tuple) -> None:
     with log.open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    function(*arguments)
+
+
+def _cutnmix(arguments: list[str]) -> None:
     from cutnmix.trainer.cli import main
 
     sys.argv = ["cutnmix", *arguments]

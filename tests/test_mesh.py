@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from mesh_worker import MODES, SAVED, STEPS, Normed, config_of, restored
-from processes import CONTEXT, SMALL_NETWORK, Started, wait_until
+from processes import SMALL_NETWORK, Started, fork, wait_until
 from safetensors.torch import load_file
 from tasks import make_task
 from test_resume import assert_same, comparable_records, log_path, steps_on_record
@@ -323,13 +323,6 @@ def test_what_only_the_data_and_the_device_tell_is_refused_when_the_run_is_built
 # Four meshes
 
 
-def launch(script: list[str], processes: int, **env: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, *TORCHRUN, f"--nproc-per-node={processes}", *script]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT / "tests", env={**os.environ, "OMP_NUM_THREADS": "1", **env}
-    )
-
-
 @pytest.fixture(scope="module")
 def worked_folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("worked")
@@ -344,8 +337,7 @@ def worked(worked_folder) -> dict[tuple[int, int], list[dict]]:
         mesh_worker.main(worked_folder, 1, 1)
     for meshes in ([(2, 2)], [(1, 2), (2, 1)]):
         log = worked_folder / "log"
-        agent = CONTEXT.Process(target=mesh_worker.launch, args=(worked_folder, meshes, log))
-        agent.start()
+        agent = fork(log, mesh_worker.launch, worked_folder, meshes, daemon=False)
         agent.join()
         assert agent.exitcode == 0, log.read_text()[-3000:]
     for data, peer in [(1, 1), *MESHES]:
@@ -576,7 +568,9 @@ except (Stopped, SystemExit) as left:
 def test_processes_that_leave_together_end_their_threads_first(tmp_path, leave):
     """One that still held a tensor when Python ends would abort it: exit code -6, not the run's own."""
     (tmp_path / "leaving.py").write_text(LEAVING)
-    done = launch([str(tmp_path / "leaving.py"), leave], 2, PYTHONPATH=str(ROOT / "tests"))
+    command = [sys.executable, *TORCHRUN, "--nproc-per-node=2", str(tmp_path / "leaving.py"), leave]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests", env=env)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

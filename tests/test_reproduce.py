@@ -257,7 +257,7 @@ def test_list_names_every_grid(command):
 def test_a_scaled_run_has_the_same_shape(recipe, value):
     full = load_config(recipe, ["schedule.warmup_epochs=2"])
     short = Scale(value).apply(full)
-    labels = load_splits("digits").train.labels
+    labels = load_splits("digits16").train.labels
     images = {"cifar100": 500, "digits16": int(min(Counter(labels.tolist()).values()))}[full.data.name]
     assert short.epochs == max(1, round(value * full.epochs))
     assert short.data.images_per_class == round(value * images)

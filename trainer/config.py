@@ -252,13 +252,10 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     for group in (*_KEEP_ON_RENAME, *_DROP_ON_RENAME):
         if isinstance(tree.get(group), str):
             tree[group] = {"name": tree[group]}
-    named = _name_in(tree, "data")
+    named = _data_named(tree)
     overridden = [_override(tree, text) for text in overrides]
-    distort, name = tree.get("distort"), _name_in(tree, "data")
-    if isinstance(distort, dict) and "distort" not in overridden and isinstance(name, str) and name != named:
-        for key in _idle_distortions(Data(name=name)):
-            if f"distort.{key}" not in overridden:
-                distort.pop(key, None)
+    if (name := _data_named(tree)) != named:
+        _leave_distortions(tree, name, overridden)
     peers = tree.get("peers")
     if isinstance(peers, dict) and isinstance(peers.get("network"), list):
         if "peers.network" in overridden and "peers.count" not in overridden:
@@ -271,9 +268,18 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _validated(tree, origin)
 
 
-def _name_in(tree: dict[str, Any], group: str) -> Any:
-    values = tree.get(group)
+def _data_named(tree: dict[str, Any]) -> Any:
+    values = tree.get("data")
     return values.get("name") if isinstance(values, dict) else None
+
+
+def _leave_distortions(tree: dict[str, Any], name: Any, overridden: Sequence[str]) -> None:
+    """Drop the file's distortions that do nothing for images of the data set now named; none of the command line's."""
+    distort = tree.get("distort")
+    if isinstance(distort, dict) and "distort" not in overridden and isinstance(name, str):
+        for key in _idle_distortions(Data(name=name)):
+            if f"distort.{key}" not in overridden:
+                distort.pop(key, None)
 
 
 def read_yaml(text: str) -> Any:
