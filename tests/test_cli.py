@@ -22,6 +22,7 @@ from cutnmix.models import NETWORKS, build_network
 from cutnmix.models.peers import Peers
 from cutnmix.pipeline.datasets import DATASETS, Splits, digits
 from cutnmix.trainer import checkpoint, cli, figures, picture, run
+from cutnmix.trainer.build import build
 from cutnmix.trainer.config import ConfigError, load_config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunError, RunFolder
@@ -163,14 +164,14 @@ def rows(printed: str) -> dict[str, list[str]]:
     return {name: values for name, *values in cells}
 
 
-def test_evaluate_gives_the_score_on_record(trained):
+def test_evaluate_gives_the_score_on_record(trained, command):
     folder, printed = trained
-    done = cutnmix("evaluate", folder.path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"{folder.path}, last.pt: 2 epochs" in done.stdout
-    assert rows(done.stdout) == rows(printed)
+    code, shown, error = command("evaluate", folder.path)
+    assert (code, error) == (0, "")
+    assert f"{folder.path}, last.pt: 2 epochs" in shown
+    assert rows(shown) == rows(printed)
     mean = folder.records()[-1]["scores"]["mean"]
-    assert rows(done.stdout)["mean"][0] == f"{mean['top1']:.2f}"
+    assert rows(shown)["mean"][0] == f"{mean['top1']:.2f}"
 
 
 def test_evaluate_best_gives_the_score_of_the_best_epoch(trained, command):
@@ -272,7 +273,7 @@ def test_a_table_that_cannot_be_written_is_named(trained, command, tmp_path):
     assert (code, error) == (2, f"error: {tmp_path} cannot be written: Is a directory\n")
 
 
-def test_what_a_module_of_ones_own_adds_is_there_for_every_command(tmp_path):
+def test_what_a_module_of_ones_own_adds_is_there_for_every_command(tmp_path, command, monkeypatch):
     module = """
         from cutnmix.models import NETWORKS
         from cutnmix.pipeline.datasets import DATASETS, digits
@@ -284,14 +285,16 @@ def test_what_a_module_of_ones_own_adds_is_there_for_every_command(tmp_path):
     (tmp_path / "my_parts.py").write_text(textwrap.dedent(module))
     names = ["method=mine", "data=ours", "peers.network=theirs", "loader=resident", "mix=none"]
     run_keys = [*SMALL, "epochs=1", *names, "runs=runs", "name=own"]
-    for command in (["train", "quickstart", *run_keys, "imports=[my_parts]"], ["evaluate", "runs/own"]):
-        done = cutnmix(*command, folder=tmp_path)
+    for words in (["train", "quickstart", *run_keys, "imports=[my_parts]"], ["evaluate", "runs/own"]):
+        done = cutnmix(*words, folder=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
     assert "mean" in done.stdout
-    done = cutnmix("train", "quickstart", *run_keys, "name=other", "imports=[my_part]", folder=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: imports (command line): 'my_part' cannot be imported (ModuleNotFoundError: ")
-    assert f"modules are looked for in {tmp_path} and" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which the command adds the folder
+    code, _, error = command("train", "quickstart", *run_keys, "name=other", "imports=[my_part]")
+    assert code == 2 and error.count("\n") == 1
+    assert error.startswith("error: imports (command line): 'my_part' cannot be imported (ModuleNotFoundError: ")
+    assert f"modules are looked for in {tmp_path} and" in error
 
 
 def test_a_mistake_is_one_line_and_no_traceback(tmp_path):
@@ -324,6 +327,9 @@ def test_the_modules_say_a_mistake_as_the_command_does():
         ("peers.network=resnt20", "peers.network: no 'resnt20', did you mean 'resnet20'?"),
         ("data=digit", f"data.name: 'digit' is none of {', '.join(DATASETS)}; the nearest is 'digits'"),
         ("data=folder", "distort.pad"),
+        ("distort.cutout=17", "distort.cutout: 17 pixels are too many for views of 16 x 16; at most 16"),
+        ("mix={name: cutout, length: 17}", "mix.length: 17 pixels are too many for views of 16 x 16; at most 16"),
+        ("distort.pad=16", "distort.pad: 16 pixels are too many for views of 16 x 16; at most 15"),
         ("data.classes=11", "data.classes: 11 is not within 2..10"),
         ("data.images_per_class=1000", "data.images_per_class: 1000 asked"),
         ("device=cuda:99", "device: cuda:99 is not here"),
@@ -336,6 +342,10 @@ def test_what_has_no_meaning_is_refused_before_anything_is_written(override, sai
     assert (code, printed) == (2, "")
     assert error.startswith(f"error: {said}") and error.count("\n") == 1
     assert not runs.exists()
+
+
+def test_the_largest_holes_and_padding_are_taken():
+    build(load_config("quickstart", [SMALL[0], "distort.cutout=16", "distort.pad=15"])).close()
 
 
 def test_drop_last_without_a_full_batch_is_refused(tmp_path, command):

@@ -549,13 +549,13 @@ LEAVING = """
 import sys
 from pathlib import Path
 import torch.distributed as dist
+from cutnmix.trainer.config import load_config
 from cutnmix.trainer.folder import Stopped
 from cutnmix.trainer.mesh import joined
-from mesh_worker import config_of
 
 leave = {"stopped": Stopped(15, Path("run")), "refused": SystemExit(2)}[sys.argv[1]]
 try:
-    with joined(config_of("baseline", 1, 2)) as mesh:
+    with joined(load_config("quickstart", ["mesh.peer=2", "mesh.timeout_s=600"])) as mesh:
         mesh.wait()
         raise leave
 except (Stopped, SystemExit) as left:

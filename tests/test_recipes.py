@@ -26,7 +26,7 @@ def test_quickstart_learns_to_read_digits(tmp_path):
 @pytest.mark.parametrize("loader", ["dali", "resident"])
 def test_the_papers_recipe_trains_on_real_cifar100(loader, cifar_root, tmp_path):
     keys = [f"data.root={cifar_root}", "data.classes=5", "data.images_per_class=60"]
-    run = [f"runs={tmp_path}", "name=run", f"loader={loader}", "epochs=2"]
+    run = [f"runs={tmp_path}", "name=run", f"loader={loader}", "epochs=2", "eval_every=2"]
     result = train(load_config("paper", [*keys, *run]))
     first, last = [record for record in RunFolder(tmp_path / "run").records() if record["kind"] == "train"]
     assert last["loss"]["ce"] < first["loss"]["ce"]

@@ -118,6 +118,7 @@ def build(config: Config, mesh: Mesh = ONE, test: TestImages = "test") -> Parts:
             f"and drop_last drops a batch that is not full"
         )
     _check_parts(config, splits, setting, mesh)
+    _check_lengths(config, splits.train)
     left_out = [_left_out(split) for split in splits if split.left_out]
     notes = [*setting.notes, *never_reached(config.schedule, config.epochs)]
     notes += [*_checked_networks(config, splits.train), *left_out]
@@ -197,6 +198,17 @@ def _check_parts(config: Config, splits: Splits, setting: Setting, mesh: Mesh) -
             "precision: fp16 skips a step where a gradient overflows, and peers of several processes (mesh.peer) would "
             "skip apart; use bf16 or fp32"
         )
+
+
+def _check_lengths(config: Config, train: Dataset) -> None:
+    """Refuse holes larger than a view, and padding that leaves views without a pixel of their image."""
+    distort, mix, (height, width) = config.distort, config.mix, view_size(train, config.distort)
+    side = min(height, width)
+    hole = ("mix.length", mix.length) if mix.name == "cutout" else ("distort.cutout", distort.cutout)
+    padding = ("distort.pad", distort.pad if train.in_memory else 0)
+    for (key, length), most in ((hole, side), (padding, side - 1)):
+        if length and length > most:
+            raise ConfigError(f"{key}: {length} pixels are too many for views of {height} x {width}; at most {most}")
 
 
 def _left_over(config: Config, train: Dataset) -> int:
