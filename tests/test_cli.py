@@ -345,7 +345,12 @@ def test_what_has_no_meaning_is_refused_before_anything_is_written(override, sai
 
 
 def test_the_largest_holes_and_padding_are_taken():
-    build(load_config("quickstart", [SMALL[0], "distort.cutout=16", "distort.pad=15"])).close()
+    """Every view still shows a pixel of its image."""
+    parts = build(load_config("quickstart", [SMALL[0], "distort.cutout=16", "distort.pad=15"]))
+    plan = parts.plan(0)
+    parts.close()
+    assert plan.hole_VN4 is not None
+    assert set((plan.crop_VN2 - 15).abs().unique().tolist()) == {*range(16)}
 
 
 def test_drop_last_without_a_full_batch_is_refused(tmp_path, command):

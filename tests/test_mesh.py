@@ -569,8 +569,8 @@ def test_processes_that_leave_together_end_their_threads_first(tmp_path, leave):
     """One that still held a tensor when Python ends would abort it: exit code -6, not the run's own."""
     (tmp_path / "leaving.py").write_text(LEAVING)
     command = [sys.executable, *TORCHRUN, "--nproc-per-node=2", str(tmp_path / "leaving.py"), leave]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests", env=env)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
