@@ -75,13 +75,15 @@ def check_image_size(name: str, num_classes: int, size: tuple[int, int]) -> None
 def trains_on_one(name: str, num_classes: int, size: tuple[int, int]) -> bool:
     """Whether a network that takes such images can train on a batch of one.
 
-    Not where a batch norm would see a single value a channel, as on a map of one pixel.
+    Not where a batch norm would see a single value a channel, as on a map of one pixel, or where the axis of the batch
+    is lost with others of length 1.
     """
+    net: Any = blueprint(name, num_classes)
     try:
-        _forward(blueprint(name, num_classes), size, images=1)
-    except ValueError:
+        out, _ = _forward(net, size, images=1)
+    except Exception:  # it may be anybody's code
         return False
-    return True
+    return _shapes(out) == ((1, num_classes), (1, net.feature_dim))
 
 
 def parameters(module: nn.Module) -> int:

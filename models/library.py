@@ -136,7 +136,7 @@ def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         try:
             with torch.device("meta"):
                 return build()
-        except NotImplementedError:  # torchvision's regnets read their widths off tensors, so those need numbers
+        except (RuntimeError, TypeError):  # many read widths or rates off tensors, so those need numbers
             with torch.device("cpu"):
                 return build().to("meta")
 

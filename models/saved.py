@@ -31,7 +31,7 @@ def load_network(
         raise ValueError(f"{path} tells {told} classes apart, not {num_classes}")
     for key, own in data.items():
         if key in metadata:
-            _check_same(path, key, json.loads(metadata[key]), own)
+            _check_same(path, key, _list(path, key, metadata[key]), own)
     try:
         its_classes = int(told)
         network = build_peer(name, its_classes, seed=0, j=0)
@@ -63,6 +63,17 @@ def _read(path: Path, peer: int) -> tuple[Path, dict[str, str], dict[str, Tensor
     if metadata.get("peer") == "mean":
         raise ValueError(f"{path} is the mean of several peers, and no network; export one of them")
     return path, metadata, weights
+
+
+def _list(path: Path, key: str, text: str) -> list[str | float]:
+    """What the metadata say under a key that holds a list."""
+    try:
+        told = json.loads(text)
+    except ValueError:
+        told = None
+    if not isinstance(told, list):
+        raise ValueError(f"{path} is damaged: its {key} is {text!r}, which is no list in JSON")
+    return told
 
 
 def _check_same(path: Path, key: str, its: Sequence[str | float], own: Sequence[str | float]) -> None:

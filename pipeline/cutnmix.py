@@ -89,8 +89,8 @@ class CutnMix(MixAugmentationBaseV2):
         data_keys: list[str | int | DataKey] | None = None,
     ):
         super().__init__(p=1.0, p_batch=p, same_on_batch=True, data_keys=data_keys)
-        if num_peers < 1:
-            raise ValueError(f"num_peers must be at least 1, not {num_peers}")
+        if not isinstance(num_peers, int) or num_peers < 1:
+            raise ValueError(f"num_peers must be a whole number of at least 1, not {num_peers!r}")
         if not 0 < alpha < math.inf:
             raise ValueError(f"alpha must be positive and finite, not {alpha}")
         if not 0 <= p <= 1:

@@ -117,7 +117,7 @@ class DaliLoader:
 
         Raises: ValueError for a plan that this loader was not made for, RuntimeError after `close`.
         """
-        plan.check(self.distort, self.size, self.num_views, self._batch_size)
+        plan.check(self.distort, self.size, not self.dataset.in_memory, self.num_views, self._batch_size)
         on_host = plan.host
         feed = self._reads(on_host, start)
         self._start(feed, not self.dataset.in_memory and _pairs(on_host))

@@ -5,6 +5,7 @@ is wrong is named and left alone: nothing here overwrites what a user put there.
 """
 
 import difflib
+import os
 import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,12 +21,12 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image
 
-from cutnmix.pipeline.shards import DataError, Members, find_shards, read_members
+from cutnmix.pipeline.shards import IMAGES, DataError, Members, find_shards, read_members
 
 if TYPE_CHECKING:  # torchvision is imported where it is used: it takes seconds, and digits need none of it
     from torchvision.datasets import CIFAR10
 
-SUFFIXES = (".jpg", ".jpeg", ".png")  # of `folder`, in any case
+SUFFIXES = tuple(f".{kind}" for kind in IMAGES)  # of `folder`, in any case
 TestImages = Literal["test", "unused"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -295,8 +296,11 @@ def load_splits(
         )
     if test not in get_args(TestImages):
         raise DataError(f"test: {test!r} is none of {', '.join(get_args(TestImages))}")
-    root = None if root is None else Path(root).expanduser()
-    splits = webdataset(root, download, train, val) if name == "webdataset" else DATASETS[name](root, download)
+    root = None if root is None else Path(os.path.expanduser(root))  # Path's own raises for a user who is not there
+    try:
+        splits = webdataset(root, download, train, val) if name == "webdataset" else DATASETS[name](root, download)
+    except OSError as error:  # such as a folder that one may not look into
+        raise DataError(f"data.root: {error}") from error
     fields = ("classes", "mean", "std")  # by those of one half is understood what peers make of the other
     if wrong := [field for field in fields if getattr(splits.train, field) != getattr(splits.test, field)]:
         raise DataError(f"data.name: both halves of {name} must have the same {', '.join(wrong)}")
@@ -426,6 +430,9 @@ def _choose(names: tuple[str, ...], classes: int | Sequence[int | str]) -> list[
             raise DataError(f"data.classes: there is no class {key!r}; the nearest is {_nearest(key, names)!r}")
         if isinstance(key, int) and not 0 <= key < len(names):
             raise DataError(f"data.classes: index {key} is not within 0..{len(names) - 1}")
+        if isinstance(key, str) and names.count(key) > 1:
+            alike = ", ".join(str(index) for index, name in enumerate(names) if name == key)
+            raise DataError(f"data.classes: several classes are called {key!r}: say which by index, {alike}")
         index = names.index(key) if isinstance(key, str) else key
         if index in chosen:
             raise DataError(f"data.classes: class {key!r} ({names[index]}, index {index}) is selected twice")

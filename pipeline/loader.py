@@ -12,6 +12,8 @@ from cutnmix.pipeline.datasets import DataError, Dataset
 from cutnmix.pipeline.plan import Distort, Plan
 from cutnmix.pipeline.resident import ResidentLoader
 
+_NO_DALI = "dali is not installed here (it exists for Linux only)"
+
 
 class Loader(Protocol):
     """Executes plans: the same plan gives the same views, whatever the loader did before."""
@@ -23,6 +25,16 @@ class Loader(Protocol):
     def close(self) -> None:
         """Release threads and buffers."""
         ...
+
+
+def check_decoder(dataset: Dataset) -> None:
+    """Raise DataError if nothing here reads the images."""
+    if not dataset.in_memory and not _has_dali():
+        raise DataError(f"data.name: {dataset.name} is a set of image files, which DALI reads; {_NO_DALI}")
+
+
+def _has_dali() -> bool:
+    return importlib.util.find_spec("nvidia.dali") is not None if importlib.util.find_spec("nvidia") else False
 
 
 def default_threads(dataset: Dataset, device: torch.device | str) -> int:
@@ -53,14 +65,14 @@ def make_loader(
     `num_views`, `batch_size`, `num_threads` and `prefetch` shape DALI's pipeline.
 
     Raises:
-        DataError: for another name, if dali is asked for and not installed, or resident for image files.
+        DataError: for another name, if dali is asked for or needed and not installed, or resident for image files.
     """
     if name not in (allowed := ("auto", "dali", "resident")):
         raise DataError(f"loader.name: {name!r} is none of {', '.join(allowed)}")
-    has_dali = importlib.util.find_spec("nvidia.dali") is not None if importlib.util.find_spec("nvidia") else False
-    if name == "dali" and not has_dali:
-        raise DataError("loader.name: dali is not installed here (it exists for Linux only); use loader.name=resident")
-    if name == "resident" or not has_dali:
+    check_decoder(dataset)
+    if name == "dali" and not _has_dali():
+        raise DataError(f"loader.name: {_NO_DALI}; use loader.name=resident")
+    if name == "resident" or not _has_dali():
         return ResidentLoader(dataset, distort, device)
     from cutnmix.pipeline.dali import DaliLoader  # here, because platforms without DALI can do without it
 

@@ -114,7 +114,7 @@ class Mix(_Law):
     alpha: Annotated[float, Field(gt=0)] = 1.0
     probability: Annotated[float, Field(ge=0, le=1)] = 1.0
     box_rule: BoxRule | None = None  # cutmix, cutnmix
-    length: Annotated[int, Field(ge=1)] | None = None  # cutout, in pixels; None: 16, and in a run on CIFAR-100 8
+    length: Annotated[int, Field(ge=1)] | None = None  # cutout, pixels; None: 16, in a run on CIFAR-100 or digits16 8
     # Partners are drawn within each of so many parts of a batch, so that no pixel leaves its part. None: 1, and in a
     # run over several devices as many as the data axis has.
     groups: Annotated[int, Field(ge=1)] | None = None
@@ -160,6 +160,7 @@ class Plan:
     size: tuple[int, int]  # (H, W) of a view
     batch_size: int  # images that a loader reads a step: B, or 2 B with second views
     second: bool  # whether each step's images are B of the batch, then their B second views
+    files: bool  # whether they are files of any size
     index_N: Tensor
     crop_VN2: Tensor
     flip_VN: Tensor
@@ -184,18 +185,29 @@ class Plan:
         return self.flip_VN.shape[0]
 
     def check(
-        self, distort: Distort, size: tuple[int, int], num_views: int | None = None, batch_size: int | None = None
+        self,
+        distort: Distort,
+        size: tuple[int, int],
+        files: bool,
+        num_views: int | None = None,
+        batch_size: int | None = None,
     ) -> None:
         """Raises: ValueError that names what a loader made for these cannot execute.
 
-        `batch_size`: the most images of a step; None, as None views, for a loader that takes any number.
+        `files`: whether its images are files. `batch_size`: the most images of a step; None, as None views, for a
+        loader that takes any number.
         """
 
-        def told(law: Distort, size: tuple[int, int]) -> dict[str, Any]:
-            shape = {"distort.pad": law.pad, "distort.image_size": law.image_size, "distort.region": law.region}
+        def told(law: Distort, size: tuple[int, int], files: bool) -> dict[str, Any]:
+            shape = {
+                "files": files,
+                "distort.pad": law.pad,
+                "distort.image_size": law.image_size,
+                "distort.region": law.region,
+            }
             return shape | {"distort.rotation": law.rotation > 0, "distort.colour": law.colour.active, "size": size}
 
-        loader, plan = told(distort, size), told(self.distort, self.size)
+        loader, plan = told(distort, size, files), told(self.distort, self.size, self.files)
         if num_views is not None:
             loader["num_views"], plan["num_views"] = num_views, self.num_views
         if batch_size is not None and (largest := min(self.batch_size, len(self.index_N))) > batch_size:
@@ -410,6 +422,7 @@ def make_plan(
         size=(height, width),
         batch_size=batch_size * (2 if second else 1),
         second=second is not None,
+        files=files,
         index_N=torch.from_numpy(index_N),
         crop_VN2=crop_VN2,
         flip_VN=flip_VN,

@@ -89,7 +89,7 @@ class ResidentLoader:
 
         Raises: ValueError for a plan that this loader was not made for.
         """
-        plan.check(self.distort, self.size)
+        plan.check(self.distort, self.size, files=False)
         if start >= len(plan):
             return
         label_N, first_VN = self._look_up(plan.positions(0, len(plan.index_N)))

@@ -126,12 +126,13 @@ def cache_folder(kind: str) -> Path:
 
     Raises: DataError where nothing can be written there.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cutnmix" / kind
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "cutnmix", kind)
     try:
+        folder = folder.expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
             pass
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter: of a user without a home
         raise DataError(f"{folder} cannot be written to ({error}): set XDG_CACHE_HOME to a folder that can") from error
     return folder
 

@@ -418,6 +418,7 @@ def test_every_wrong_key_gets_a_line_of_its_own(tmp_path):
         ("epochs.x=1", "epochs.x=1: epochs is a value, not a group"),
         ("optimizer.lr.x=1", "optimizer.lr.x=1: lr is a value, not a group"),
         ("epochs=[1", "epochs=[1: the value is not YAML"),
+        ("name=2024-02-30", "name=2024-02-30: the value is not YAML: day is out of range for month"),
         (
             "distort={flip: 0.0, flip: 0.5}",
             "distort={flip: 0.0, flip: 0.5}: the value is not YAML: line 1: flip stands twice",
@@ -590,7 +591,16 @@ class WithoutTask(Demanding):
         """Never built."""
 
 
+class Postponed(Demanding):
+    def __init__(self, task: "Unheard", *, weight: float = 1.0):  # noqa: F821 # pyright: ignore
+        """As under `from __future__ import annotations`, with an import for type checkers alone."""
+
+
 BREACHES = {
+    "types that are not there": (
+        Postponed,
+        "its constructor cannot be read where it is called (NameError: name 'Unheard'",
+    ),
     "no needs": (type("Own", (), {"predictions": Demanding.predictions}), "it has no `needs`: write needs = Needs()"),
     "no predictions": (type("Own", (), {"needs": Needs()}), "it has no `predictions`: write def predictions(self, "),
     "a positional key": (Positional, "its key weight is not keyword-only: write def __init__(self, task, *, weight: "),

@@ -328,6 +328,7 @@ def test_partners_are_uniform_permutations():
     ("arguments", "named"),
     [
         ({"num_peers": 0}, "num_peers"),
+        ({"num_peers": 2.0}, "num_peers must be a whole number of at least 1, not 2.0"),
         ({"alpha": 0.0}, "alpha"),
         ({"alpha": -1.0}, "alpha"),
         ({"alpha": float("nan")}, "alpha"),

@@ -14,6 +14,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -425,6 +426,13 @@ def test_folder_without_one_of_its_folders(tree, gone):
         load_splits("folder", tree)
 
 
+@pytest.mark.parametrize("root", ["~nobody-of-this-name/birds", "b" * 300])
+@pytest.mark.parametrize("name", ["folder", "webdataset", "cifar10"])
+def test_a_place_that_cannot_be_is_named(name, root):
+    with pytest.raises(DataError, match=f"data.root: .*{root}"):
+        load_splits(name, root, download=False)
+
+
 @pytest.mark.parametrize("half", ["train", "val"])
 def test_folder_names_classes_without_images(tree, half):
     shutil.rmtree(tree / half / "ant")
@@ -504,6 +512,15 @@ def test_everything_selected_is_the_whole():
 def test_wrong_selection_is_refused_by_its_key(keys, message):
     with pytest.raises(DataError, match=message):
         load_splits("digits", **keys)
+
+
+def test_a_name_of_several_classes_selects_none_of_them(tree):
+    """As "crane" and "maillot" of ImageNet's usual names."""
+    splits = load_splits("folder", tree)
+    alike = Splits(*(replace(split, classes=("crane", "bee", "crane")) for split in splits))
+    with patch.dict(DATASETS, alike=lambda root, download: alike), pytest.raises(DataError) as refused:
+        load_splits("alike", classes=["bee", "crane"])
+    assert str(refused.value) == "data.classes: several classes are called 'crane': say which by index, 0, 2"
 
 
 def test_unknown_data_set_is_refused_with_the_nearest():

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cutnmix.models import NETWORKS, build_network, library
-from cutnmix.models.cost import blueprint, branches_cost, check_image_size, cost, made_for, parameters
+from cutnmix.models.cost import (
+    blueprint,
+    branches_cost,
+    check_image_size,
+    cost,
+    made_for,
+    parameters,
+    trains_on_one,
+)
 from cutnmix.models.peers import Peers
 from cutnmix.trainer import cli
 from cutnmix.trainer.norm import synchronise
@@ -245,6 +254,39 @@ def test_a_network_that_keeps_the_contract_is_taken(monkeypatch):
     monkeypatch.setitem(NETWORKS, "own", Own)
     check_image_size("own", 5, (8, 8))
     assert cost("own", 5, (8, 8)).feature_dim == 3
+    assert trains_on_one("own", 5, (8, 8))
+
+
+class Rates(Own):
+    """Reads numbers off a tensor while it is built, as many do for stochastic depth."""
+
+    def __init__(self, K: int) -> None:
+        super().__init__(K)
+        self.rates = [x.item() for x in torch.linspace(0, 0.1, 3)]
+
+
+class Squeezed(Own):
+    """Loses the axis of a batch of one: at once, or where it is wanted."""
+
+    def __init__(self, K: int, axis: int = 0) -> None:
+        super().__init__(K)
+        self.axis = axis
+
+    def forward(self, image_BCHW):
+        feature_BD = image_BCHW.mean((2, 3)).squeeze()
+        return self.head(feature_BD), torch.cat([feature_BD], self.axis)
+
+
+def test_a_network_that_reads_numbers_while_it_is_built_is_taken(monkeypatch):
+    monkeypatch.setitem(NETWORKS, "own", Rates)
+    assert cost("own", 5, (8, 8)).feature_dim == 3
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_network_that_loses_a_batch_of_one_does_not_train_on_it(monkeypatch, axis):
+    monkeypatch.setitem(NETWORKS, "own", partial(Squeezed, axis=axis))
+    check_image_size("own", 5, (8, 8))
+    assert not trains_on_one("own", 5, (8, 8))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from cutnmix.pipeline import loader as loaders
 from cutnmix.pipeline.batch import Batch, Views
 from cutnmix.pipeline.datasets import DataError, Dataset, load_splits
 from cutnmix.pipeline.distort import colour_matrix
@@ -392,6 +393,14 @@ def test_can_be_closed_and_closed_again(loader, dataset):
     used.close()
 
 
+@pytest.mark.parametrize("name", ["auto", "dali", "resident"])
+def test_without_dali_image_files_are_refused_in_one_line(name, monkeypatch):
+    monkeypatch.setattr(loaders, "_has_dali", lambda: False)
+    files = Dataset("folder/train", (Path("a.jpg"),), np.zeros(1, np.int64), ("a", "b"), (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(DataError, match=r"data.name: folder/train is a set of image files, which DALI reads"):
+        make_loader(name, files, Distort(), num_views=1, batch_size=1)
+
+
 def test_a_closed_dali_loader_says_so(dataset):
     used = loader_of("dali", dataset)
     used.close()
@@ -412,6 +421,13 @@ def test_a_closed_dali_loader_says_so(dataset):
 def test_a_plan_of_other_distortions_is_refused(loader, drawn, said, dataset):
     with pytest.raises(ValueError, match=f"this plan was not drawn for this loader: {said}"):
         next(loader_of(loader, dataset).epoch(plan_of(dataset, drawn)))
+
+
+@LOADERS
+def test_a_plan_of_image_files_is_refused_for_arrays(loader, dataset):
+    """It has no crops; nor has a plan of arrays the regions of files."""
+    with pytest.raises(ValueError, match="files is True in the plan, False in the loader"):
+        next(loader_of(loader, dataset).epoch(plan_of(dataset, files=True)))
 
 
 @LOADERS

@@ -80,7 +80,7 @@ def test_same_arguments_give_the_same_plan(files):
 @pytest.mark.parametrize("other", [{"seed": 8}, {"epoch": 4}, {"seed": 3, "epoch": 7}])
 @pytest.mark.parametrize("files", [False, True])
 def test_another_seed_or_epoch_changes_every_draw(files, other):
-    unchanged = {"distort", "size", "batch_size", "second", "weight_S"}  # what is not drawn at all
+    unchanged = {"distort", "size", "batch_size", "second", "files", "weight_S"}  # what is not drawn at all
     unchanged |= {"crop_VN2"} if files else {"region_VN4"}
     unchanged |= set() if "epoch" in other else {"epoch_S"}
     assert differing(plan(files=files), plan(files=files, **other)) == set(vars(plan())) - unchanged

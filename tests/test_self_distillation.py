@@ -442,6 +442,7 @@ def test_only_kd_takes_a_teacher_of_another_network(tmp_path):
         (lambda path: save_network(path / "x", "tiny_wide", says={"network": "tiny"}), "is no 'tiny' of this"),
         (lambda path: save_network(path / "x", says={"network": "unknown"}), "no 'unknown'"),
         (lambda path: save_network(path / "x", says={"num_classes": "ten"}), f"x tells ten classes apart, not {K}"),
+        (lambda _: "~nobody-of-this-name/x", "~nobody-of-this-name/x is not there"),
     ],
 )
 def test_a_teacher_that_cannot_be_had_is_refused_with_its_key(name, made, said, tmp_path):
@@ -471,6 +472,23 @@ def test_a_teacher_of_other_data_is_refused_where_its_file_says_so(name, keys, s
     with pytest.raises(ValueError) as refused:
         METHODS[name](task, teacher=str(path), **keys)
     assert str(refused.value) == f"method.teacher: {path} was trained on other data: its {wrong}"
+
+
+def test_a_teacher_that_does_not_take_the_views_is_refused_before_it_sees_them(tmp_path):
+    path = save_network(tmp_path / "x", "densenet40_12")
+    METHODS["kd"](make_task(2)._replace(size=(32, 32)), teacher=str(path))
+    with pytest.raises(ValueError) as refused:
+        METHODS["kd"](make_task(2)._replace(size=(2, 2)), teacher=str(path))
+    assert str(refused.value).startswith("method.teacher: densenet40_12 does not take images of 2 x 2 pixels (")
+
+
+@pytest.mark.parametrize("said", ["0.5,0.5", "0.5"])
+def test_a_teacher_whose_words_are_damaged_is_refused(said, tmp_path):
+    path = save_network(tmp_path / "x", says={"mean": said})
+    task = make_task(2)._replace(data={"mean": (0.5,)})
+    with pytest.raises(ValueError) as refused:
+        METHODS["kd"](task, teacher=str(path))
+    assert str(refused.value) == f"method.teacher: {path} is damaged: its mean is '{said}', which is no list in JSON"
 
 
 def _broken(folder: Path) -> Path:

@@ -11,7 +11,7 @@ from cutnmix.models.cost import blueprint, branches_cost, check_image_size, trai
 from cutnmix.models.peers import Peers, seeded
 from cutnmix.pipeline.datasets import Dataset, Splits, TestImages, load_splits
 from cutnmix.pipeline.distort import view_size
-from cutnmix.pipeline.loader import Loader, default_threads, make_loader
+from cutnmix.pipeline.loader import Loader, check_decoder, default_threads, make_loader
 from cutnmix.pipeline.mix import MixBatch
 from cutnmix.pipeline.plan import Mix, Plan, make_plan, part_of
 from cutnmix.trainer.config import Config, ConfigError, Data
@@ -108,6 +108,7 @@ def build(config: Config, mesh: Mesh = ONE, test: TestImages = "test") -> Parts:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     splits = load_data(config.data, test)
+    check_decoder(splits.train)
     if config.data.corrupt == "skip":
         from cutnmix.pipeline.check import without_corrupt  # here, because platforms without DALI can do without it
 
@@ -125,7 +126,15 @@ def build(config: Config, mesh: Mesh = ONE, test: TestImages = "test") -> Parts:
     _check_single(config, splits.train, mesh)
     train = splits.train
     data = {"classes": train.classes, "mean": train.mean, "std": train.std}
-    learner = make_learner(config, setting, num_classes=len(train.classes), num_images=len(train), mesh=mesh, data=data)
+    learner = make_learner(
+        config,
+        setting,
+        num_classes=len(train.classes),
+        num_images=len(train),
+        mesh=mesh,
+        size=view_size(train, config.distort),
+        data=data,
+    )
     graphed = config.images_per_step if setting.compile == "graph" else None
     step = _step(config, splits.train, setting, mesh, graphed)
     test_step = _step(config, splits.test, setting, mesh)
@@ -284,11 +293,12 @@ def make_learner(
     num_classes: int,
     num_images: int,
     mesh: Mesh = ONE,
+    size: tuple[int, int] | None = None,
     data: Mapping[str, Sequence[str | float]] = {},
 ) -> Learner:
     """Peers, method and optimizer as this process has them, on the device, for a training set of so many images.
 
-    `data`: see Task.
+    `size`, `data`: see Task.
 
     Raises:
         ConfigError: for a network or a key of the method that cannot be.
@@ -306,6 +316,7 @@ def make_learner(
             epochs=config.epochs,
             peers=peers,
             over=over,
+            size=size,
             data=data,
         )
         keys: dict[str, Any] = {key: value for key, value in config.method.items() if key != "name"}

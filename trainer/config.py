@@ -7,6 +7,7 @@ which writes nothing.
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
@@ -47,6 +48,11 @@ class Data(_Group):
     def own_files(self) -> bool:
         """Whether the images are files of the user's own: nothing but root says which they are."""
         return self.name in ("folder", "webdataset")
+
+    @property
+    def absolute_root(self) -> Path | None:
+        """The same place from any working folder."""
+        return self.root and Path(os.path.expanduser(self.root)).absolute()
 
 
 class Loader(_Group):
@@ -209,7 +215,7 @@ class Config(_Group):
         if self.peers.form != "nets":
             peers += f"-{self.peers.form}"
         parts = (self.data.name, peers, self.method["name"], self.mix.name, self.views, f"seed{self.seed}")
-        return self.runs / (self.name or "-".join(parts))
+        return Path(os.path.expanduser(self.runs)) / (self.name or "-".join(parts))
 
     @model_validator(mode="after")
     def _keys_that_belong_together(self) -> "Config":
@@ -284,7 +290,10 @@ def _leave_distortions(tree: dict[str, Any], name: Any, overridden: Sequence[str
 
 def read_yaml(text: str) -> Any:
     """What a YAML text says. Raises: YAMLError, also for a key that stands twice, of which YAML keeps the last."""
-    return yaml.load(text, _Once)
+    try:
+        return yaml.load(text, _Once)
+    except ValueError as error:  # such as the 30th of February
+        raise yaml.YAMLError(str(error)) from error
 
 
 class _Once(yaml.SafeLoader):
@@ -424,7 +433,7 @@ def _find(source: str | Path) -> Path:
     recipes = shipped()
     if str(source) in recipes:
         return recipes[str(source)]
-    if Path(source).is_file():
+    if os.path.isfile(source):
         return Path(source)
     hint = _did_you_mean(str(source), recipes)
     raise ConfigError(f"{source}: neither a YAML file nor a shipped recipe ({', '.join(recipes)}){hint}")
@@ -549,7 +558,8 @@ def _known_keys(tree: Any) -> list[str]:
     """All keys, dotted, those of the tree's method too. Without names, which are of their groups alone."""
     method = tree.get("method", Config.model_fields["method"].default) if isinstance(tree, dict) else None
     name = method.get("name") if isinstance(method, dict) else method
-    own = keys_of(METHODS[name]) if isinstance(name, str) and name in METHODS else {}
+    known = METHODS.get(name) if isinstance(name, str) else None
+    own = {} if known is None or breach(known) else keys_of(known)
     return [*_dotted(), *(f"method.{key}" for key in own)]
 
 

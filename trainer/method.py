@@ -46,6 +46,7 @@ class Task(NamedTuple):
     epochs: int
     peers: Peers | None  # with their initial weights; only for a method that copies them
     over: Exchange = ALONE  # with the processes that hold the other peers, or see the other images of a batch
+    size: tuple[int, int] | None = None  # (H, W) of the views, where known
     data: Mapping[str, Sequence[str | float]] = {}  # classes (K names), mean and std of the training set, where known
 
     @property
@@ -56,8 +57,12 @@ class Task(NamedTuple):
 
 def keys_of(method: type) -> dict[str, tuple[Any, Any]]:
     """The YAML keys of a method, its keyword-only arguments: name -> (type, default)."""
-    parameters = inspect.signature(method, eval_str=True).parameters.values()
+    parameters = _parameters(method)
     return {p.name: (p.annotation, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _parameters(method: Any) -> list[inspect.Parameter]:
+    return [*inspect.signature(method, eval_str=True).parameters.values()]
 
 
 def breach(method: Any) -> str | None:
@@ -66,7 +71,10 @@ def breach(method: Any) -> str | None:
         return "it has no `needs`: write needs = Needs() in the class, with what the method asks for"
     if not callable(getattr(method, "predictions", None)):
         return "it has no `predictions`: write def predictions(self, outputs, batch): return {}"
-    parameters = [*inspect.signature(method, eval_str=True).parameters.values()]
+    try:
+        parameters = _parameters(method)
+    except Exception as error:  # annotations are anybody's code
+        return f"its constructor cannot be read where it is called ({type(error).__name__}: {error})"
     if not parameters or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
         return "its constructor takes no task: write def __init__(self, task, *, KEY: TYPE = DEFAULT)"
     for key in parameters[1:]:

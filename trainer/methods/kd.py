@@ -13,12 +13,14 @@ HobbitLong/RepDistiller and its tables. Readings:
 - Its weights are in every checkpoint, but its file is read again when the run is resumed or evaluated.
 """
 
+import os
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from cutnmix.models.cost import check_image_size
 from cutnmix.models.peers import Outputs, Peers
-from cutnmix.models.saved import Frozen, load_network
+from cutnmix.models.saved import Frozen, load_network, network_name
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl
 from cutnmix.trainer.method import Fraction, Index, Needs, Task, Temperature
@@ -65,13 +67,16 @@ def load_teacher(task: Task, teacher: str, teacher_peer: int) -> Frozen:
     """The network that the two keys name. Raises: ValueError, naming the key."""
     if not teacher:
         raise ValueError("method.teacher must be a finished run's folder or a .safetensors file, got ''")
-    path = Path(teacher).expanduser()
+    path = Path(os.path.expanduser(teacher))
     if teacher_peer and path.is_file():
         raise ValueError(f"method.teacher_peer must be left out where method.teacher is a file, got {teacher_peer}")
     try:
-        return Frozen(load_network(path, peer=teacher_peer, num_classes=task.K, data=task.data))
+        network = load_network(path, peer=teacher_peer, num_classes=task.K, data=task.data)
+        if task.size is not None:
+            check_image_size(network_name(path, peer=teacher_peer), task.K, task.size)
     except ValueError as error:
-        raise ValueError(f"method.teacher: {error}") from error
+        raise ValueError(f"method.teacher: {str(error).removeprefix('peers.network: ')}") from error
+    return Frozen(network)
 
 
 def teacher_logits(teacher: Frozen, batch: Batch) -> Tensor:
