@@ -212,6 +212,17 @@ def test_two_runs_of_one_name_are_not_kept_in_one_folder(runs, tmp_path):
     assert not (tmp_path / "kept").exists()
 
 
+def test_a_kept_file_of_other_images_is_not_written_over(runs, kept, tmp_path):
+    folder = tmp_path / "kept"
+    shutil.copytree(kept, folder)
+    before = (folder / "alone.safetensors").read_bytes()
+    for keys, wanted in (({"test": "unused"}, "test images by last.pt"), ({"best": True}, "test images by last.pt")):
+        with pytest.raises(RunError, match=rf"--keep: {folder / 'alone.safetensors'} holds predictions of {wanted}; "):
+            compare([runs["alone"], runs["peers"]], keep=folder, **keys)
+    assert (folder / "alone.safetensors").read_bytes() == before
+    compare([runs["alone"], runs["peers"]], keep=folder)  # of the same
+
+
 def test_a_kept_file_of_another_run_is_not_written_over(runs, kept, tmp_path):
     """It may be the only one that there is."""
     folder = tmp_path / "kept"

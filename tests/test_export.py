@@ -222,8 +222,10 @@ def test_best_is_the_peer_that_leads_in_the_checkpoints_own_evaluation(copy):
         path, what = export(copy.path, "safetensors", "best")
         assert path == copy.path / "export" / f"{last}.safetensors"
         assert f"{last[:4]} {last[4]} (" in what and "the best on the test images, of last.pt: weights" in what
-        path, what = export(copy.path, "safetensors", "best", checkpoint="best")
-        assert path == copy.path / "export" / "peer0-best-epoch.safetensors" and "of best.pt" in what
+        for done, leader in ((1, "peer0"), (2, "peer1")):  # the latter: from when on best.pt was no longer kept
+            torch.save(torch.load(copy.best, weights_only=True) | {"position": (done - 1, 6)}, copy.best)
+            path, what = export(copy.path, "safetensors", "best", checkpoint="best")
+            assert path == copy.path / "export" / f"{leader}-best-epoch.safetensors" and "of best.pt" in what
 
 
 def test_the_checkpoint_that_is_named_is_the_one_that_is_exported(copy):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -127,10 +128,22 @@ def test_keys_that_change_no_number_are_free(free, folder):
     folder.check(config("resume=auto", free))
 
 
+def test_a_tilde_in_the_place_of_runs_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert config("runs=~/runs", "name=run").folder == Path("/home/ann/runs/run")
+
+
+def test_a_name_that_no_folder_can_have_is_refused_in_one_line(folder):
+    with pytest.raises(RunError, match="File name too long"), RunFolder(folder.path / ("x" * 300)).locked():
+        pass
+    RunFolder(folder.path / ("x" * 300)).check(config())
+
+
 def test_the_place_of_ones_own_images_says_which_they_are(folder):
     birds, cars = (("data=folder", f"data.root={root}", "distort.image_size=32") for root in ("birds", "cars"))
     folder.begin(config(*birds))
     folder.check(config(*birds, "resume=auto"))
+    folder.check(config(*birds, f"data.root={Path('birds').absolute()}", "resume=auto"))  # as Ray's workers write it
     with pytest.raises(RunError, match=r"data.root \(was 'birds', now 'cars'\)"):
         folder.check(config(*cars, "resume=auto"))
 

@@ -11,6 +11,8 @@ import pytest
 import tasks
 import torch
 from rich.console import Console
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.utils.tensorboard import SummaryWriter
 
 from cutnmix.models import NETWORKS
 from cutnmix.trainer import checkpoint, device, run
@@ -19,7 +21,7 @@ from cutnmix.trainer.config import load_config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import Position, RunError, RunFolder, Stopped
 from cutnmix.trainer.mesh import Mesh
-from cutnmix.trainer.step import Step
+from cutnmix.trainer.step import Step, Tally
 
 TINY = [
     "peers.network=small",
@@ -187,6 +189,56 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one_and_nothing_else
         train()
     assert [path.name for path in folder.last.parent.iterdir()] == ["last.pt"]
     assert torch.load(folder.last, weights_only=True)["position"] == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        CheckpointException("", {1: (OSError(28, "No space left on device"), None)}),
+    ],
+)
+def test_a_checkpoint_of_several_processes_that_cannot_be_written_is_told_in_a_line(error, tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    slots = [tmp_path / f"last.{i}" for i in range(2)]
+    for slot in slots:
+        slot.mkdir()
+    path.symlink_to(slots[0].name)
+
+    def full(*_) -> None:
+        raise error
+
+    monkeypatch.setattr(checkpoint, "_save_folder", full)
+    with pytest.raises(
+        RunError, match=rf"^{path} cannot be written, .* there \(\[Errno 28\] No space left on device\)$"
+    ):
+        checkpoint.save(path, None, Position(0, 1), Tally([]), 0.0, Mesh(2, 1))
+    assert slots[0].is_dir() and not slots[1].exists()
+
+
+def test_a_reader_of_several_processes_checkpoint_stays_with_the_one_that_it_began_with(tmp_path):
+    path = tmp_path / "last.pt"
+    for i in range(2):
+        (tmp_path / f"last.{i}").mkdir()
+        (tmp_path / f"last.{i}" / "facts.json").write_text(f'{{"position": [{i}, 0]}}')
+    path.symlink_to("last.0")
+    state = checkpoint.load(path, torch.device("cpu"))
+    path.unlink()
+    path.symlink_to("last.1")
+    assert state == {"path": tmp_path / "last.0", "position": [0, 0]}
+
+
+@pytest.mark.parametrize("full", ["metrics.jsonl", "tensorboard"])
+def test_a_record_that_cannot_be_written_is_told_in_a_line(full, train, tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+
+    def write(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((os, "fsync") if full == "metrics.jsonl" else (SummaryWriter, "add_scalar")), write)
+    with pytest.raises(RunError, match="cannot be written: No space left on device"):
+        folder.append({}) if full == "metrics.jsonl" else train()
 
 
 def test_a_finished_run_says_so(train, capsys):

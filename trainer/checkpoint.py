@@ -41,7 +41,12 @@ def save(path: Path, learner: Learner, position: Position, tally: Tally, best_to
     Raises: RunError where it cannot be written; what was there is still there.
     """
     if mesh.size > 1:
-        _save_folder(path, learner, position, tally, best_top1, mesh)
+        try:
+            _save_folder(path, learner, position, tally, best_top1, mesh)
+        except (OSError, CheckpointException) as error:
+            if mesh.first:
+                _clear(path)  # what was begun
+            raise _unwritable(path, error) from error
         return
     device = _device(learner)
     state = {
@@ -54,6 +59,7 @@ def save(path: Path, learner: Learner, position: Position, tally: Tally, best_to
     }
     partial = path.with_suffix(".partial")
     try:
+        partial.unlink(missing_ok=True)  # of several processes, a link to a folder
         with partial.open("wb") as file:
             torch.save(state, file)
             file.flush()
@@ -63,9 +69,13 @@ def save(path: Path, learner: Learner, position: Position, tally: Tally, best_to
         raise
     except (OSError, RuntimeError) as error:  # torch's own, of a disk that is full in the middle of a tensor
         partial.unlink(missing_ok=True)  # it would keep the disk full
-        free = shutil.disk_usage(path.parent).free
-        raise RunError(f"{path} cannot be written, {free / 1e6:,.0f} MB are free there ({_told(error)})") from error
+        raise _unwritable(path, error) from error
     _clear(path)
+
+
+def _unwritable(path: Path, error: BaseException) -> RunError:
+    free = shutil.disk_usage(path.parent).free
+    return RunError(f"{path} cannot be written, {free / 1e6:,.0f} MB are free there ({_told(error)})")
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any]:
@@ -73,6 +83,7 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
 
     Raises: RunError for a checkpoint that is damaged.
     """
+    path = _linked(path)
     try:
         if path.is_dir():
             return {"path": path, **json.loads((path / _FACTS).read_text())}
@@ -83,11 +94,17 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
         raise RunError(f"{path} is damaged, or no checkpoint ({_told(error)})") from error
 
 
+def _linked(path: Path) -> Path:
+    """The folder that a checkpoint of several processes is now: a run that trains on may turn the link at any time."""
+    return path.with_name(os.readlink(path)) if path.is_symlink() else path
+
+
 def load_peers(path: Path, peers: Peers) -> None:
     """The weights of a checkpoint's peers, of those that live here.
 
     Raises: RunError where it holds others.
     """
+    path = _linked(path)
     with _fitting(path):
         if path.is_dir():
             _read(path, {f"peers.{name}": tensor for name, tensor in peers.state_dict().items()})
@@ -155,7 +172,9 @@ def _fitting(path: Path) -> Iterator[None]:
 
 
 def _told(error: BaseException) -> str:
-    """An error of torch in a line, and its type where it says nothing."""
+    """An error of torch in a line, and its type where it says nothing. Of many processes' errors the first."""
+    if isinstance(error, CheckpointException):
+        error = next((failure for failure, _ in error.failures.values()), error)
     reason = " ".join(str(error).split()) or type(error).__name__
     return f"{reason[:_REASON]}{'...' * (len(reason) > _REASON)}"
 

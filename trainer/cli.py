@@ -17,7 +17,7 @@ from cutnmix.models.cost import blueprint, cost, made_for, parameters, source
 from cutnmix.pipeline.datasets import DataError, TestImages
 from cutnmix.trainer.config import ConfigError, load_config
 from cutnmix.trainer.display import Display
-from cutnmix.trainer.folder import RunError, RunFolder, Stopped
+from cutnmix.trainer.folder import RunError, RunFolder, Stopped, name_of
 from cutnmix.trainer.mesh import LostError, leave_it_to_the_first
 from cutnmix.trainer.options import Network
 
@@ -130,7 +130,7 @@ def report(run: Run):
     else:
         trained = sum(record["kind"] == "train" for record in records)
         display.note(f"{run}: no evaluation yet, {trained} training records")
-    draw_curves(records, folder.curves, run.name)
+    draw_curves(records, folder.curves, name_of(run))
     display.note(f"curves: {folder.curves}")
 
 

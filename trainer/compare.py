@@ -17,6 +17,7 @@ account, a multiple of the error does not.
 A RUN is a folder, or a file of predictions that `keep` left of one, see predicted.py: both say the same.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +26,8 @@ import numpy as np
 
 from cutnmix.pipeline.datasets import TestImages
 from cutnmix.trainer.config import Config
-from cutnmix.trainer.folder import RunError, RunFolder, csv_text, same, same_but_seed, write_atomically
-from cutnmix.trainer.predicted import Predicted, name_of, predict_run, read, write
+from cutnmix.trainer.folder import RunError, RunFolder, csv_text, name_of, same, same_but_seed, write_atomically
+from cutnmix.trainer.predicted import Predicted, predict_run, read, write
 from cutnmix.trainer.run import saved
 
 _SAME = {  # keys under `data` that say which images those are
@@ -89,7 +90,7 @@ def compare(
     Raises: RunError, before anything is scored, unless all runs have checkpoints, keys that say the same of the images,
         and seeds of their own in a group; then where the images prove to be others.
     """
-    files = {run: read(run) for run in runs if run.is_file()}
+    files = {run: read(run) for run in runs if os.path.isfile(run)}
     configs = {run: files[run].config if run in files else RunFolder(run).read_config() for run in runs}
     _check(files, configs, best, test, keep)
     names = {run: files[run].run if run in files else name_of(run) for run in configs}
@@ -147,8 +148,18 @@ def _check(
         saved(run, best=best)
         if keep and (other := named.setdefault(name_of(run), run)) != run:
             raise RunError(f"--keep: {other} and {run} would both be {_kept(keep, run)}; keep them in two folders")
-        if keep and (kept := _kept(keep, run)).is_file() and not same(read(kept).config, config):
-            raise RunError(f"--keep: {kept} is of a run with other keys than {run}; keep it in another folder")
+        if keep and (kept := _kept(keep, run)).is_file():
+            _check_kept(kept, run, config, best, test)
+
+
+def _check_kept(kept: Path, run: Path, config: Config, best: bool, test: TestImages) -> None:
+    """Refuse to write over the predictions of something else: they may be the only ones that there are."""
+    old = read(kept)
+    if not same(old.config, config):
+        raise RunError(f"--keep: {kept} is of a run with other keys than {run}; keep it in another folder")
+    if (old.on, old.checkpoint == "best") != (test, best):
+        what = f"predictions of {_images(old.on)} by {old.checkpoint}.pt"
+        raise RunError(f"--keep: {kept} holds {what}; keep these in another folder")
 
 
 def _over_seeds(configs: Mapping[Path, Config], names: Mapping[Path, str]) -> list[_Group]:

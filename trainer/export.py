@@ -33,9 +33,9 @@ from cutnmix.pipeline.datasets import Dataset
 from cutnmix.pipeline.distort import view_size
 from cutnmix.pipeline.plan import Distort
 from cutnmix.trainer.build import Parts, load_data
-from cutnmix.trainer.checkpoint import load_peers
+from cutnmix.trainer.checkpoint import load, load_peers
 from cutnmix.trainer.config import Config, ConfigError
-from cutnmix.trainer.folder import RunError, RunFolder, write_atomically
+from cutnmix.trainer.folder import Position, RunError, RunFolder, write_atomically
 
 
 class Facts(NamedTuple):
@@ -154,10 +154,13 @@ def _choose(folder: RunFolder, count: int, peer: str, checkpoint: str) -> int | 
         return int(peer)
     if peer != "best":
         raise RunError(f"--peer: {peer!r} is none of best, mean, {', '.join(map(str, range(count)))}")
-    tests = [record["scores"] for record in folder.records() if record["kind"] == "test"]
+    tests = folder.records("test")
+    if checkpoint == "best":  # of the epoch that best.pt is of, whatever came after it was no longer kept
+        position = Position(*load(folder.best, torch.device("cpu"))["position"])
+        tests = [record for record in tests if record["epoch"] == position.epoch + 1]
     if not tests:
         raise RunError(f"--peer: best is not known, for {folder.path} has no evaluation yet; name a peer, or mean")
-    scores = max(tests, key=lambda scores: scores["mean"]["top1"]) if checkpoint == "best" else tests[-1]
+    scores = tests[-1]["scores"]
     return max(range(count), key=lambda j: scores[f"peer{j}"]["top1"])
 
 

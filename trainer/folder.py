@@ -77,12 +77,14 @@ class RunFolder:
         Raises:
             RunError: the folder holds a run and `resume` is never, or it holds a run with other keys.
         """
-        if not self.config.exists():
+        if not os.path.exists(self.config):  # unlike Path's, False where one may not look
             return
         if config.resume == "never":
             raise RunError(f"{self.path} holds a run already: resume=auto goes on with it, {otherwise}")
-        free = [key for key in _FREE_ON_RESUME if not (key == "data.root" and config.data.own_files)]
-        changed = [f"{key} (was {was!r}, now {now!r})" for key, was, now in _changed(self.read_config(), config, free)]
+        before = self.read_config()
+        elsewhere = config.data.own_files and before.data.absolute_root != config.data.absolute_root
+        free = [key for key in _FREE_ON_RESUME if not (key == "data.root" and elsewhere)]
+        changed = [f"{key} (was {was!r}, now {now!r})" for key, was, now in _changed(before, config, free)]
         if changed:
             raise RunError(f"{self.path} was started with other keys: {'; '.join(changed)}; {otherwise}")
 
@@ -112,8 +114,11 @@ class RunFolder:
 
     def begin(self, config: Config) -> None:
         """Make the sub-folders and write the resolved configuration."""
-        for folder in (self.last.parent, self.peers, self.tensorboard):
-            folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for folder in (self.last.parent, self.peers, self.tensorboard):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written: {error.strerror}") from error
         write_atomically(self.config, yaml.safe_dump(dump_config(config), sort_keys=False))
 
     def expect(self) -> None:
@@ -130,11 +135,14 @@ class RunFolder:
             raise ConfigError(f"{self.config}: {error}") from error
 
     def append(self, record: dict[str, Any]) -> None:
-        """One more line of metrics.jsonl, on the disk when this returns."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """One more line of metrics.jsonl, on the disk when this returns. Raises: RunError."""
+        try:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RunError(f"{self.metrics} cannot be written: {error.strerror}") from error
 
     def records(self, kind: str = "") -> list[dict[str, Any]]:
         """All complete lines of metrics.jsonl (a kill can cut the last one short), or those of one kind.
@@ -170,6 +178,11 @@ class RunFolder:
         kept = [record for record in self.records() if seen(record)]
         write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         return kept
+
+
+def name_of(run: Path) -> str:
+    """The name of a run's folder, `.` included."""
+    return Path(os.path.abspath(run)).name
 
 
 def same(config: Config, other: Config) -> bool:

@@ -17,7 +17,6 @@ their data.
 """
 
 import json
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -29,7 +28,7 @@ from safetensors.torch import save
 
 from cutnmix.pipeline.datasets import TestImages
 from cutnmix.trainer.config import Config, dump_config, parse_config
-from cutnmix.trainer.folder import RunError, RunFolder, write_atomically
+from cutnmix.trainer.folder import RunError, RunFolder, name_of, write_atomically
 from cutnmix.trainer.metrics import is_peer, predict
 from cutnmix.trainer.run import trained
 
@@ -57,11 +56,6 @@ class Predicted(NamedTuple):
         hit_N = {name: (class_N == self.label_N).astype(np.float64) for name, class_N in self.class_N.items()}
         mean_N = np.mean([found_N for name, found_N in hit_N.items() if is_peer(name)], axis=0)
         return {"mean": mean_N} | {name: found_N for name, found_N in hit_N.items() if not is_peer(name)}
-
-
-def name_of(run: Path) -> str:
-    """The name of a run's folder, `.` included."""
-    return Path(os.path.abspath(run)).name
 
 
 def predict_run(

@@ -8,7 +8,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -36,10 +36,11 @@ from cutnmix.trainer.step import Tally
 _CURE = "start another run (name=NAME) with a lower optimizer.lr or another precision"
 
 
-def train(config: Config, display: Display | None = None) -> dict[str, Any]:
+def train(config: Config, display: Display | None = None, stop: list[int] | None = None) -> dict[str, Any]:
     """Train to the end (from the last checkpoint, under resume=auto) and return what result.json holds.
 
-    Under torchrun every process calls this, and the first one gets the result; the others get {}.
+    Under torchrun every process calls this, and the first one gets the result; the others get {}. A caller that notes
+    signals itself hands their list in as `stop`: one that came while the run was made counts too.
 
     Raises:
         ConfigError, DataError, RunError: before any work is done, naming the key, file or folder; RunError also when
@@ -49,10 +50,10 @@ def train(config: Config, display: Display | None = None) -> dict[str, Any]:
         LostError: when another process has died or does not answer.
     """
     with joined(config) as mesh:
-        return _train(config, mesh, display or Display())
+        return _train(config, mesh, display or Display(), stop)
 
 
-def _train(config: Config, mesh: Mesh, display: Display) -> dict[str, Any]:
+def _train(config: Config, mesh: Mesh, display: Display, stop: list[int] | None) -> dict[str, Any]:
     if not mesh.first:
         display = Display(Console(quiet=True))
     folder = RunFolder(config.folder)
@@ -65,7 +66,7 @@ def _train(config: Config, mesh: Mesh, display: Display) -> dict[str, Any]:
     parts = build(config, mesh)
     for note in parts.notes:
         display.note(note)
-    with ExitStack() as held, noted_signals() as requested:
+    with ExitStack() as held, noted_signals() if stop is None else nullcontext(stop) as requested:
 
         def begin() -> None:
             held.enter_context(folder.locked())
@@ -215,8 +216,11 @@ class _Run:
         if not self.writer:
             return
         self.folder.append(record | self._cost())
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, record["step"])
+        try:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, record["step"])
+        except OSError as error:  # of the thread that writes
+            raise RunError(f"{self.folder.tensorboard} cannot be written: {error.strerror}") from error
 
     def _cost(self) -> dict[str, float]:
         """What the run has taken so far, all its sessions together; work lost to a kill and done again counts once."""
