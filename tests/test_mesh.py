@@ -369,7 +369,8 @@ def test_losses_weights_and_scores_are_those_of_one_process(mode, mesh, worked):
     names = set()
     for rank in ranks:
         for name, tensor in rank[mode]["state"].items():
-            torch.testing.assert_close(tensor, alone[mode]["state"][name], rtol=1e-3, atol=1e-4)
+            expected = alone[mode]["state"][name].double()  # in the norm: single numbers of a momentum are near 0
+            assert (tensor - expected).norm() <= 1e-3 * expected.norm() + 1e-6, name
             names.add(name)
     assert names == alone[mode]["state"].keys()
 
