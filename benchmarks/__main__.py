@@ -80,8 +80,9 @@ def loader(
             device=_device(device),
             workers=workers,
         )
-    name, notes = ("loader-jpeg" if jpeg else "loader"), [_warmup(loaders.WARMUP, "batches")]
-    return _leave(name, sheets, settings, notes, device, json, out)
+    name, options = ("loader-jpeg", " --jpeg") if jpeg else ("loader", _of(root))
+    notes, command = [_warmup(loaders.WARMUP, "batches")], f"cutnmix bench loader{options}"
+    return _leave(name, sheets, settings, notes, device, json, out, command)
 
 
 @app.command()
@@ -126,7 +127,7 @@ def step(
     )
     settings = {"network": network, "batch": batch, "rounds": rounds, "seconds": seconds}
     notes = [*steps.NOTES, _warmup(steps.WARMUP, "steps")]
-    return _leave("step", sheets, settings, notes, device, json, out)
+    return _leave("step", sheets, settings, notes, device, json, out, f"cutnmix bench step{_of(root)}")
 
 
 @app.command("peers")
@@ -179,7 +180,7 @@ def method_steps(
     )
     settings = {"network": network, "batch": batch, "rounds": rounds, "seconds": seconds}
     notes = [*methods.NOTES, _warmup(methods.WARMUP, "steps")]
-    return _leave("methods", sheets, settings, notes, device, json, out)
+    return _leave("methods", sheets, settings, notes, device, json, out, f"cutnmix bench methods{_of(root)}")
 
 
 @app.command("memory")
@@ -269,9 +270,10 @@ def _leave(
     device: str,
     json: Path | None,
     out: Path,
+    command: str | None = None,
 ) -> records.Record:
     """Make a record, show it, and write it and its plot."""
-    record = records.make_record(name, sheets, settings, notes, _device(device))
+    record = records.make_record(name, sheets, settings, notes, _device(device), command)
     records.show(record, console)
     records.write_json(out / f"{record['benchmark']}.json", record)
     plots.draw_record(record, out / f"{record['benchmark']}.png")
@@ -282,6 +284,11 @@ def _leave(
 
 def _data(root: Path | None) -> Dataset:
     return (load_splits("cifar100", root, download=False) if root else load_splits("digits")).train
+
+
+def _of(root: Path | None) -> str:
+    """The option, as a record has it that others may repeat."""
+    return " --root DIR" if root else ""
 
 
 def _numbers(text: str) -> list[int]:

@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 from cutnmix.benchmarks.measure import Clock, Spread, in_turn, installed, per_second
 from cutnmix.benchmarks.records import Cell, Sheet
 from cutnmix.pipeline import Dataset, Distort, Mix, MixBatch, Splits, load_splits, make_loader, make_plan, view_size
+from cutnmix.trainer.config import ConfigError
 
 Batches = Generator[Any, None, None]
 WARMUP = 4  # batches
@@ -60,8 +61,15 @@ def measure(
     device: torch.device,
     workers: int = 2,
 ) -> list[Sheet]:
-    """Thousand views a second against J at one batch size, and against `batches` (where given) at J = 2."""
+    """Thousand views a second against J at one batch size, and against `batches` (where given) at J = 2.
+
+    Raises: ConfigError for a batch that a contender cannot make, before anything is measured.
+    """
+    if (most := max([batch, *batches])) >= len(data):
+        raise ConfigError(f"--batch: {most} must be less than the {len(data):,} images of {data.name}")
     contenders = ARRAYS if data.in_memory else JPEGS
+    if data.in_memory:
+        check_even(batch, *batches)
     distort, clock = Distort(), Clock(device)
     cells: dict[tuple[int, int], dict[str, Cell]] = {}
     for count, size in dict.fromkeys([*((count, batch) for count in views), *((SHARED_J, size) for size in batches)]):
@@ -120,6 +128,12 @@ def timm_cutmix(num_classes: int) -> Callable[[Tensor, Tensor], Any]:
     from timm.data import Mixup  # timm is an extra
 
     return Mixup(mixup_alpha=0.0, cutmix_alpha=1.0, label_smoothing=0.0, num_classes=num_classes)
+
+
+def check_even(*batches: int) -> None:
+    """Raise ConfigError for a batch that timm refuses, where timm is here."""
+    if installed("timm") and (odd := [batch for batch in batches if batch % 2]):
+        raise ConfigError(f"--batch: timm's Mixup takes even batches only, got {odd[0]}")
 
 
 def _index_batches(case: Case) -> Iterator[Tensor]:

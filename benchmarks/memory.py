@@ -19,6 +19,8 @@ from cutnmix.benchmarks.measure import Clock
 from cutnmix.benchmarks.peers import method_of
 from cutnmix.benchmarks.records import Row, Sheet
 from cutnmix.benchmarks.steps import keys, training
+from cutnmix.trainer.cli import main
+from cutnmix.trainer.folder import RunError
 
 NOTES = [
     "Peak: the most memory (resident on a CPU, allocated by torch on a GPU) of a process that takes three steps, above "
@@ -52,15 +54,16 @@ def measure(*, network: str, views: list[int], batch: int, device: torch.device,
 
 
 def _apart(overrides: list[str]) -> dict[str, float]:
-    """What `probe` finds in a new process, whose compiler's caches are empty."""
+    """What `probe` finds in a new process, whose compiler's caches are empty. Raises: RunError where it fails."""
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
             [sys.executable, "-m", "cutnmix.benchmarks.memory", json.dumps(overrides)],
             env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache},
             stdout=subprocess.PIPE,
             text=True,
-            check=True,
         )
+    if done.returncode:
+        raise RunError(f"measuring memory ended with code {done.returncode}; the reason stands above")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -95,4 +98,4 @@ def peak_mib(device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(probe(json.loads(sys.argv[1]))))
+    main(lambda: print(json.dumps(probe(json.loads(sys.argv[1])))))

@@ -19,8 +19,9 @@ WARMUP = 1  # steps a turn: the data is ready at once
 NOTES = [
     "Data and update included, no mix. J separate plain networks are J times one baseline of J = 1, on the same batch "
     "size, measured before and after each step.",
-    "baseline is J plain networks in one step. one is J branches on a trunk, the others whole networks. cs_kd and "
-    "ddgsd run them on a second view of each image too. kd has a teacher of the same architecture.",
+    "baseline is J plain networks in one step. one is J branches on a trunk, the others whole networks. cs_kd "
+    "runs them on another image of each one's class too, ddgsd on a second view of each. kd has a teacher of the same "
+    "architecture.",
 ]
 
 

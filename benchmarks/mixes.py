@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cutnmix.benchmarks.loaders import kornia_cutmix, timm_cutmix, torchvision_cutmix
+from cutnmix.benchmarks.loaders import check_even, kornia_cutmix, timm_cutmix, torchvision_cutmix
 from cutnmix.benchmarks.measure import Clock, Spread, in_turn, installed, per_second
 from cutnmix.benchmarks.records import Row, Sheet
 from cutnmix.pipeline import CutnMix, Distort, Mix, MixBatch, Plan, Views, make_plan
@@ -42,7 +42,11 @@ NOTES = [
 
 
 def measure(*, views: list[int], batch: int, rounds: int, seconds: float, device: torch.device) -> list[Sheet]:
-    """Milliseconds and aten calls a batch against J, for both tasks; what drawing the plan costs a batch."""
+    """Milliseconds and aten calls a batch against J, for both tasks; what drawing the plan costs a batch.
+
+    Raises: ConfigError for an odd batch, which timm refuses.
+    """
+    check_even(batch)
     clock, sheets = Clock(device), []
 
     def ms(call: Call) -> float:

@@ -28,6 +28,7 @@ from cutnmix.benchmarks.memory import peak_mib
 from cutnmix.models.cost import cost, made_for
 from cutnmix.models.peers import Peers
 from cutnmix.pipeline import Distort, Mix, MixBatch, Views, make_plan
+from cutnmix.trainer import cli
 from cutnmix.trainer.build import make_learner
 from cutnmix.trainer.config import ConfigError, load_config
 from cutnmix.trainer.device import Setting, choose, compile_modules
@@ -433,4 +434,4 @@ def _tree(
 
 
 if __name__ == "__main__":
-    print(probe(**json.loads(sys.argv[1])).model_dump_json())
+    cli.main(lambda: print(probe(**json.loads(sys.argv[1])).model_dump_json()))

@@ -30,6 +30,7 @@ from cutnmix.benchmarks.plan_scale import name, one_peer
 from cutnmix.benchmarks.records import Record, Row, Sheet, make_record
 from cutnmix.benchmarks.steps import LR, keys
 from cutnmix.models.cost import check_image_size, cost
+from cutnmix.pipeline import load_splits
 from cutnmix.trainer.build import build
 from cutnmix.trainer.config import Config, ConfigError, load_config
 from cutnmix.trainer.device import choose
@@ -100,6 +101,8 @@ def run(
         raise ConfigError("--devices: at least 2 processes can exchange something, got 1")
     if batch % devices:
         raise ConfigError(f"--batch: {batch} cannot be cut into {devices} parts")
+    if batch > (images := len(load_splits("digits").train)):
+        raise ConfigError(f"--batch: {batch} is more than the {images:,} handwritten digits that it trains on")
     try:
         check_image_size(network, CLASSES, SIZE)
     except ValueError as error:

@@ -20,6 +20,8 @@ from cutnmix.benchmarks.records import Sheet, make_record, read_records, sheets_
 from cutnmix.models import NETWORKS
 from cutnmix.pipeline import Distort, MixBatch, load_splits
 from cutnmix.trainer import cli
+from cutnmix.trainer.config import ConfigError
+from cutnmix.trainer.folder import RunError
 from cutnmix.trainer.losses import cross_entropy, mutual_kl
 from cutnmix.trainer.methods import METHODS
 
@@ -85,7 +87,7 @@ def test_loader(bench):
 
 def test_loader_of_jpegs(bench):
     record = bench("loader", "--jpeg", "--images=20", "--views=1,2", "--batch=4", "--rounds=1", "--seconds=0")
-    assert record["benchmark"] == "loader-jpeg"
+    assert (record["benchmark"], record["command"]) == ("loader-jpeg", "cutnmix bench loader --jpeg")
     assert rows_of(record, "folder/train, batch 4").keys() == loaders.JPEGS.keys()
 
 
@@ -184,6 +186,30 @@ def test_what_makes_no_sense_is_refused(options, tmp_path):
         commands.app([*options, f"--out={tmp_path}"])
     assert left.value.code == 2
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["loader", "--batch=2000"], "--batch: 2000 must be less than the 1,442 images of digits/train"),
+        (["loader", "--batches=32,2048"], "--batch: 2048 must be less than the 1,442 images of digits/train"),
+        (["loader", "--jpeg", "--images=20"], "--batch: 128 must be less than the 16 images of folder/train"),
+        (["loader", "--batches=33"], "--batch: timm's Mixup takes even batches only, got 33"),
+        (["mix", "--batch=3"], "--batch: timm's Mixup takes even batches only, got 3"),
+    ],
+    ids=str,
+)
+def test_batches_that_a_contender_cannot_make_are_refused(options, said, tmp_path):
+    with pytest.raises(ConfigError, match=f"^{said}$"):
+        commands.app([*options, f"--out={tmp_path}"], standalone_mode=False)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_what_a_process_of_its_own_refuses_is_told_without_a_traceback(capfd):
+    with pytest.raises(RunError, match="measuring memory ended with code 2; the reason stands above"):
+        memory.measure(network="tiny", views=[1], batch=8, device=CPU, compiled=False)
+    assert capfd.readouterr().err.startswith("error: peers.network: no 'tiny'")
 
 
 def test_a_benchmark_of_no_batch_sizes_is_one_of_numbers_of_views_alone(monkeypatch, tmp_path):

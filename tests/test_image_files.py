@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from cutnmix.benchmarks.reproduce import estimate
-from cutnmix.benchmarks.reproduce.grid import Cell, Planned, load_grid
+from cutnmix.benchmarks.reproduce.grid import Cell, Planned, images_per_class, load_grid
 from cutnmix.pipeline.ahead import ahead
 from cutnmix.pipeline.batch import Views
 from cutnmix.pipeline.datasets import DataError, Dataset, load_splits
@@ -25,7 +25,7 @@ from cutnmix.pipeline.loader import default_threads
 from cutnmix.pipeline.plan import Colour, Distort, Mix, Plan, make_plan
 from cutnmix.pipeline.shards import Members, cache_folder, find_shards, read_members
 from cutnmix.trainer.build import build
-from cutnmix.trainer.config import ConfigError, load_config
+from cutnmix.trainer.config import ConfigError, Data, load_config
 from cutnmix.trainer.export import export
 from cutnmix.trainer.run import train as train_run
 
@@ -123,6 +123,12 @@ def evaluated(dataset: Dataset, size: int = SIZE) -> np.ndarray:
 
 
 # Tar shards
+
+
+def test_a_scale_counts_the_images_of_the_shards_that_a_run_names(roots):
+    root = roots["webdataset"]
+    assert images_per_class(Data(name="webdataset", root=root)) == 4  # of 14 in three classes
+    assert images_per_class(Data(name="webdataset", root=root, train="val/*.tar")) == 2  # of 6
 
 
 def test_shards_are_the_folder(roots):

@@ -417,6 +417,11 @@ def test_a_wrong_option_is_one_line(command, saved, options, said):
     assert err.startswith("error: ") and said in err and err.count("\n") == 1
 
 
+def test_a_check_on_more_images_than_there_are_is_refused(command):
+    code, _, err = command("--check", "--network=resnet20", "--peers=2", "--devices=2", "--batch=2000")
+    assert (code, err) == (2, "error: --batch: 2000 is more than the 1,442 handwritten digits that it trains on\n")
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

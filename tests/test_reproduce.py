@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cutnmix.benchmarks.reproduce import estimate, workers
 from cutnmix.benchmarks.reproduce.__main__ import _sort
-from cutnmix.benchmarks.reproduce.drive import LEDGER, page_folder, reproduce, state
+from cutnmix.benchmarks.reproduce.drive import LEDGER, Halted, page_folder, reproduce, state
 from cutnmix.benchmarks.reproduce.grid import IMAGES_PER_CLASS, Scale, grids, load_grid, plan_grid
 from cutnmix.benchmarks.reproduce.ledger import Ledger
 from cutnmix.configs import shipped
@@ -29,6 +29,7 @@ from cutnmix.models.cost import cost
 from cutnmix.models.peers import build_peer
 from cutnmix.pipeline.datasets import DataError, load_splits
 from cutnmix.trainer import cli, overview
+from cutnmix.trainer import run as training
 from cutnmix.trainer.config import ConfigError, dump_config, load_config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunError, RunFolder
@@ -165,6 +166,40 @@ def test_a_mistake_in_a_grid_of_ones_own_is_laid_to_its_row(row, override, said,
     path.write_text("")
     with pytest.raises(ConfigError, match=f"{path}: must be a mapping of the keys name, title, seeds"):
         load_grid(str(path))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("seeds: [95]", "seeds: [95, 96, 95]", "seeds: Value error, 95 given twice"),
+        ("data: [digits]", "data: [digits, digits]", "data: Value error, digits given twice"),
+        ("networks: [resnet20]", "networks: [resnet20, resnet20]", "networks: Value error, resnet20 given twice"),
+    ],
+)
+def test_what_stands_twice_in_a_grid_is_refused(old, new, said, tmp_path):
+    path = write_grid(tmp_path, BASELINE)
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ConfigError, match=f"{path}: {said}"):
+        load_grid(str(path))
+
+
+def test_a_plan_asks_for_no_data_of_what_is_left_out_or_done(tmp_path, command):
+    path, out = write_grid(tmp_path, BASELINE), tmp_path / "out"
+    path.write_text(path.read_text().replace("[digits]", "[digits, folder]").replace(", distort.flip=0", ""))
+    arguments = (path, "--out", out, "--root", tmp_path / "gone", "--no-measure")
+    code, said, error = command(*arguments, "--dry-run")
+    assert (code, error) == (0, "") and "2 epochs of 120 images, 2 epochs" in said
+    assert (
+        f"folder is not there, would be downloaded, or its runs left out: data.root: there is no folder {tmp_path}"
+        in said
+    )
+    (run,) = plan_grid(
+        load_grid(str(path)), only={"data": ["folder"]}, out=out, overrides=[f'data.root="{tmp_path}/gone"']
+    )
+    RunFolder(run.config.folder).begin(run.config)
+    RunFolder(run.config.folder).result.write_text("{}")
+    code, said, error = command(*arguments, "data=folder", "--dry-run")
+    assert (code, error) == (0, "") and "done     folder-resnet20-baseline-seed95" in said
 
 
 def test_a_key_that_does_not_fit_the_data_is_not_taken_for_data_that_are_not_there(tmp_path):
@@ -526,6 +561,20 @@ def test_a_report_that_cannot_be_written_hides_no_ending(tmp_path, command, monk
 
     monkeypatch.setattr(workers, "here", stopped)
     assert command(path, "--out", out, "--no-measure")[0] == 75
+
+
+def test_a_signal_that_comes_while_a_run_is_made_stops_the_grid(tmp_path, monkeypatch):
+    path, out, real = write_grid(tmp_path, BASELINE, CUTNMIX), tmp_path / "out", training.build
+
+    def build(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "build", build)
+    with pytest.raises(Halted, match="stopped by SIGTERM"):
+        run_grid(path, out)
+    assert events(out, RUNS[0]) == ["started", "stopped"] and steps_on_record(out / RUNS[0]) == 1
+    assert not (out / RUNS[1]).exists()
 
 
 def test_runs_of_a_data_set_that_is_not_there_are_left_out(tmp_path):

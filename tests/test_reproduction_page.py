@@ -282,6 +282,18 @@ def test_runs_with_other_keys_than_the_papers_are_not_stamped_as_its(keys, said,
     assert collect(grid, plan, 1.0).stamp == (f"SCALE 1: 240 epochs, all images{said}; {verdict}", comparable)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"overrides": ["schedule=cosine"]}, ", schedule=cosine"), ({"data": ["digits"]}, "")],
+    ids=str,
+)
+def test_a_grid_of_ones_own_is_not_stamped_as_the_papers(changes, said, maker):
+    grid = load_grid("table1").model_copy(update={"data": ["cifar100"], "networks": ["resnet32"]} | changes)
+    plan = plan_grid(grid, only={"method": ["baseline"]}, seeds=[95], out=maker.out)
+    stamp = collect(grid, plan, 1.0).stamp
+    assert stamp == (f"SCALE 1: 240 epochs, all images{said}; not comparable to the paper", False)
+
+
 def test_the_stamp_of_rows_with_fewer_images_and_rows_with_all(maker):
     fewer = Row(
         name="b", label="B", recipe="table1/baseline", overrides=["data.images_per_class=50", "data.classes=20"]

@@ -78,6 +78,7 @@ def main(
         overrides.insert(0, f"data.root={json.dumps(str(root))}")
     if threads is not None:
         torch.set_num_threads(threads)
+    out = Path(os.path.expanduser(out))
     place, where = _place(processes, ray, gpus, threads, Ledger(out / LEDGER, chosen.name, scale), display)
     plan = plan_grid(chosen, only=selection, seeds=_numbers(seeds), scale=scale, out=out, overrides=overrides)
     unfinished = [run for run in plan if state(run) != "done"]  # refuses folders of other runs

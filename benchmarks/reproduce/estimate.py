@@ -8,6 +8,7 @@
 MACs as models/cost.py counts them. The optimizer, the norms and starting up are not counted.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -119,7 +120,7 @@ def _teacher_macs(config: Config, data: Sizes) -> int:
     if not teacher:
         return 0
     with suppress(ValueError):
-        own = network_name(Path(str(teacher)).expanduser(), peer=config.method.get("teacher_peer", 0))
+        own = network_name(Path(os.path.expanduser(str(teacher))), peer=config.method.get("teacher_peer", 0))
     return _cost(own, data.classes, data.size).macs
 
 

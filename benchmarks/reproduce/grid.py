@@ -19,7 +19,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cutnmix import configs
-from cutnmix.pipeline.datasets import DataError, load_splits
+from cutnmix.pipeline.datasets import DataError
+from cutnmix.trainer.build import load_data
 from cutnmix.trainer.config import Config, ConfigError, Data, dump_config, load_config, parse_config, read_yaml
 from cutnmix.trainer.folder import RunFolder
 
@@ -67,10 +68,16 @@ class Grid(BaseModel):
     @field_validator("rows")
     @classmethod
     def _one_of_a_name(cls, rows: list[Row]) -> list[Row]:
-        names = [row.name for row in rows]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        if twice := sorted(_repeated(row.name for row in rows)):
             raise ValueError(f"rows of the same name: {', '.join(twice)}")
         return rows
+
+    @field_validator("seeds", "data", "networks")
+    @classmethod
+    def _once(cls, values: list[Any]) -> list[Any]:
+        if repeated := _repeated(values):
+            raise ValueError(f"{', '.join(map(str, repeated))} given twice")
+        return values
 
 
 class Cell(NamedTuple):
@@ -146,13 +153,13 @@ def images_per_class(data: Data) -> int:
     """Training images of the smallest selected class, by heart for CIFAR; others are counted."""
     if data.name in IMAGES_PER_CLASS:
         return IMAGES_PER_CLASS[data.name]
-    classes = tuple(data.classes) if isinstance(data.classes, list) else data.classes
-    return _counted(data.name, data.root, classes)
+    return _counted(data.model_copy(update={"images_per_class": None, "download": False}).model_dump_json())
 
 
 @cache
-def _counted(name: str, root: Path | None, classes: Any) -> int:
-    return int(np.bincount(load_splits(name, root, classes=classes, download=False).train.labels).min())
+def _counted(data: str) -> int:
+    """Of the keys under `data` as JSON, which has a hash."""
+    return int(np.bincount(load_data(Data.model_validate_json(data)).train.labels).min())
 
 
 def grids() -> list[str]:

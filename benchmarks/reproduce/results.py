@@ -220,9 +220,9 @@ def _foreign(path: Path, _written: int, planned: str) -> str:
 
 
 def stamp(grid: Grid, plan: list[Planned], scale: float, paper: Table | None) -> Stamp:
-    """Scale, epochs and images of the planned runs, and the user's overrides of keys that the paper's figures hang on.
+    """Scale, epochs and images of the planned runs, and overrides of keys that the paper's figures hang on.
 
-    Comparable if all runs have the paper's epochs and images, and those keys as the grid has them.
+    Comparable if all runs have the paper's data sets, epochs and images, and those keys as the rows have them.
     """
     configs = [planned.config for planned in plan]
     epochs = sorted({config.epochs for config in configs})
@@ -236,9 +236,11 @@ def stamp(grid: Grid, plan: list[Planned], scale: float, paper: Table | None) ->
     whole = images == classes == {None}
     if whole:
         parts.append("all images")
+    of_all = [text for text in grid.overrides if re.split("[.=]", text)[0] in HELD]
     told = [text for text in plan[0].overrides if re.split("[.=]", text)[0] in HELD]
-    parts += told
+    parts += [*of_all, *told]
     comparable = scale == 1 and paper is not None and epochs == [paper.epochs] and whole
+    comparable = comparable and not of_all and {planned.cell.data for planned in plan} <= {*DATA}
     comparable = comparable and (not told or all(_as_the_grid(grid, planned) for planned in plan))
     verdict = "the paper's schedule and data" if comparable else "not comparable to the paper"
     return Stamp(f"SCALE {scale:g}: {', '.join(parts)}; {verdict}", comparable)

@@ -9,6 +9,7 @@ from rich.table import Table
 from cutnmix.benchmarks.reproduce import estimate
 from cutnmix.benchmarks.reproduce.drive import Summary, state
 from cutnmix.benchmarks.reproduce.grid import Grid, Planned, grids, load_grid
+from cutnmix.pipeline.datasets import DataError
 from cutnmix.trainer.device import choose
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.run import hardware
@@ -37,11 +38,12 @@ def plan(
 ) -> None:
     """A row a network: what is done, what is left, and what that costs. A `dry` look lists the runs one by one too.
 
-    `absent` are the data sets that are not there, each with the reason; in the cost they count in a dry look only.
+    `absent` are the data sets that are not there, each with the reason; in the cost they count in a dry look only, if
+    their size is known by heart. Neither that of what is done nor that of what is left out asks for data.
     Raises: ConfigError for an unknown network, RunError for a folder of another run, both before anything is measured.
     """
     states = [state(run) for run in runs]
-    works = [estimate.work(run.config) for run in runs]
+    works = [estimate.work(run.config) if _sized(run) else _UNKNOWN for run in runs]
     shares = [estimate.left(run.config) for run in runs]
     rows = list(zip(runs, states, works, shares, strict=True))
     display.note(f"{grid.title}{_stamp(scale)}")
@@ -86,6 +88,18 @@ def plan(
         display.note(f"{data} is not there, {what}: {reason}")
 
 
+_UNKNOWN = estimate.Work(0, 0, 0, 0)
+
+
+def _sized(run: Planned) -> bool:
+    """Whether its data set is there to be counted, or need not be."""
+    try:
+        estimate.sizes(run.config)
+    except DataError:
+        return False
+    return True
+
+
 def summary(ended: Summary, grid: Grid, scale: float, absent: Iterable[str], display: Display) -> None:
     """What ended how, and where the page is."""
     counts = [f"{len(ended.finished)} finished", f"{len(ended.failed)} failed"]
@@ -105,8 +119,10 @@ def _stamp(scale: float) -> str:
 
 def _lengths(runs: Iterable[Planned]) -> str:
     """Such as 5 epochs of 1,000 images."""
-    lengths = {(run.config.epochs, estimate.sizes(run.config).train): None for run in runs}
-    return ", ".join(f"{epochs} epochs of {images:,} images" for epochs, images in lengths)
+    lengths = {(run.config.epochs, estimate.sizes(run.config).train if _sized(run) else None): None for run in runs}
+    return ", ".join(
+        f"{epochs} epochs" + (f" of {images:,} images" if images is not None else "") for epochs, images in lengths
+    )
 
 
 def _number(value: float) -> str:

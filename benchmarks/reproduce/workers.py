@@ -67,20 +67,17 @@ class Event(NamedTuple):
 Events = Generator[Event, None, None]
 
 
-def attempt(config: Config, display: Display | None = None) -> Ending:
-    """Train a run to its end in this process. Whatever goes wrong is a way to end.
-
-    Raises: Stopped, after the run has saved.
-    """
+def attempt(config: Config, display: Display | None = None, stop: list[int] | None = None) -> Ending:
+    """Train a run to its end in this process, or to a signal, see train. Whatever goes wrong is a way to end."""
     folder = RunFolder(config.folder)
     try:
         folder.check(config, OTHERWISE)
         if folder.result.exists():
             return Ending("done")
-        train(config, display)
+        train(config, display, stop)
         return Ending("finished")
     except Stopped:
-        raise
+        return Ending("stopped")
     except Taken:
         return Ending("taken")
     except (ConfigError, DataError, RunError) as error:
@@ -97,12 +94,7 @@ def here(todo: deque[Planned], stop: list[int], display: Display | None = None) 
     while todo and not stop:
         run = todo.popleft()
         yield Event(run, "started", os.getpid())
-        try:
-            ending = attempt(run.config, display)
-        except Stopped as stopped:
-            stop.append(stopped.signum)
-            ending = Ending("stopped")
-        yield Event.end(run, ending, os.getpid())
+        yield Event.end(run, attempt(run.config, display, stop), os.getpid())
 
 
 def processes(todo: deque[Planned], stop: list[int], count: int, threads: int) -> Events:
@@ -196,10 +188,7 @@ def _task(tree: dict[str, Any], ledger: Ledger) -> tuple[Ending, int]:
     ledger.append("started", config.folder.name)
     config.folder.mkdir(parents=True, exist_ok=True)
     with (config.folder / LOG).open("a") as log:
-        try:
-            ending = attempt(config, Display(Console(file=log, markup=False, emoji=False, highlight=False)))
-        except Stopped:
-            ending = Ending("stopped")
+        ending = attempt(config, Display(Console(file=log, markup=False, emoji=False, highlight=False)))
     return ending, os.getpid()
 
 
@@ -213,8 +202,8 @@ def _ray() -> Any:
 
 def _absolute(config: Config) -> Config:
     """The same run for a process with another working folder."""
-    data = config.data.model_copy(update={"root": config.data.root and config.data.root.expanduser().absolute()})
-    return config.model_copy(update={"runs": config.runs.absolute(), "data": data})
+    data = config.data.model_copy(update={"root": config.data.absolute_root})
+    return config.model_copy(update={"runs": config.folder.parent.absolute(), "data": data})
 
 
 def _claim(config: Config) -> Ending | None:
