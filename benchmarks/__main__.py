@@ -80,7 +80,7 @@ def loader(
             device=_device(device),
             workers=workers,
         )
-    name, options = ("loader-jpeg", " --jpeg") if jpeg else ("loader", _of(root))
+    name, options = ("loader-jpeg", " --jpeg") if jpeg else ("loader", _root_option(root))
     notes, command = [_warmup(loaders.WARMUP, "batches")], f"cutnmix bench loader{options}"
     return _leave(name, sheets, settings, notes, device, json, out, command)
 
@@ -127,7 +127,7 @@ def step(
     )
     settings = {"network": network, "batch": batch, "rounds": rounds, "seconds": seconds}
     notes = [*steps.NOTES, _warmup(steps.WARMUP, "steps")]
-    return _leave("step", sheets, settings, notes, device, json, out, f"cutnmix bench step{_of(root)}")
+    return _leave("step", sheets, settings, notes, device, json, out, f"cutnmix bench step{_root_option(root)}")
 
 
 @app.command("peers")
@@ -180,7 +180,7 @@ def method_steps(
     )
     settings = {"network": network, "batch": batch, "rounds": rounds, "seconds": seconds}
     notes = [*methods.NOTES, _warmup(methods.WARMUP, "steps")]
-    return _leave("methods", sheets, settings, notes, device, json, out, f"cutnmix bench methods{_of(root)}")
+    return _leave("methods", sheets, settings, notes, device, json, out, f"cutnmix bench methods{_root_option(root)}")
 
 
 @app.command("memory")
@@ -286,8 +286,8 @@ def _data(root: Path | None) -> Dataset:
     return (load_splits("cifar100", root, download=False) if root else load_splits("digits")).train
 
 
-def _of(root: Path | None) -> str:
-    """The option, as a record has it that others may repeat."""
+def _root_option(root: Path | None) -> str:
+    """As a record has it, which others may repeat."""
     return " --root DIR" if root else ""
 
 

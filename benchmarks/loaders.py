@@ -66,7 +66,9 @@ def measure(
     Raises: ConfigError for a batch that a contender cannot make, before anything is measured.
     """
     if (most := max([batch, *batches])) >= len(data):
-        raise ConfigError(f"--batch: {most} must be less than the {len(data):,} images of {data.name}")
+        raise ConfigError(
+            f"a batch of {most} is too large: it must be less than the {len(data):,} images of {data.name}"
+        )
     contenders = ARRAYS if data.in_memory else JPEGS
     if data.in_memory:
         check_even(batch, *batches)
@@ -133,7 +135,7 @@ def timm_cutmix(num_classes: int) -> Callable[[Tensor, Tensor], Any]:
 def check_even(*batches: int) -> None:
     """Raise ConfigError for a batch that timm refuses, where timm is here."""
     if installed("timm") and (odd := [batch for batch in batches if batch % 2]):
-        raise ConfigError(f"--batch: timm's Mixup takes even batches only, got {odd[0]}")
+        raise ConfigError(f"a batch of {odd[0]} is odd: timm's Mixup takes even ones only")
 
 
 def _index_batches(case: Case) -> Iterator[Tensor]:

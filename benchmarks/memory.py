@@ -89,9 +89,10 @@ def peak_mib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
-    if status.exists():  # unlike ru_maxrss, this one does not start from the peak of the process that started this one
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**10
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:  # unlike ru_maxrss, this one does not start from the peak of the process that started this one
+        if line.startswith("VmHWM"):  # not in every sandbox
+            return int(line.split()[1]) / 2**10
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -118,6 +118,7 @@ def probe(
 ) -> Measured:
     """Measure in this process: time in turn, memory from the smaller batch to the larger one."""
     torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = True  # as a run has it
     setting = choose(load_config("quickstart", [f"device={device}"]))
     steps, peers = one_peer(network, classes, size, batches, setting)
     peaks = []

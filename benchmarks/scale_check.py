@@ -112,7 +112,8 @@ def run(
         "threads": threads or max(1, cores // devices), "rounds": rounds,
     }  # fmt: skip
     console.print(f"training on 1 and {devices} processes, {settings['threads']} threads each ...")
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(devices)]
+    command = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]  # its own name may not resolve
+    command += ["--nproc-per-node", str(devices)]
     done = subprocess.run(
         [sys.executable, *command, "-m", "cutnmix.benchmarks.scale_check", json.dumps(settings)],
         env={**os.environ, "OMP_NUM_THREADS": str(settings["threads"])},

@@ -9,6 +9,7 @@ is tensors on the images' device: no host synchronisation, one graph under torch
 """
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class CutnMix(MixAugmentationBaseV2):
         data_keys: list[str | int | DataKey] | None = None,
     ):
         super().__init__(p=1.0, p_batch=p, same_on_batch=True, data_keys=data_keys)
-        if not isinstance(num_peers, int) or num_peers < 1:
+        if not isinstance(num_peers, Integral) or num_peers < 1:
             raise ValueError(f"num_peers must be a whole number of at least 1, not {num_peers!r}")
         if not 0 < alpha < math.inf:
             raise ValueError(f"alpha must be positive and finite, not {alpha}")

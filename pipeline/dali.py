@@ -9,6 +9,7 @@ EXIF orientation is ignored, as by torchvision's data sets and so by the figures
 the same image (the plan's `second`) is one view more of one decode.
 """
 
+import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -109,8 +110,10 @@ class DaliLoader:
             device_id=self.device.index if on_gpu else None,
             prefetch_queue_depth=self._prefetch,
         )
-        # prepare_first_batch would run the graph before there is a plan to run.
-        return DALIGenericIterator(pipeline, [f"view{v}" for v in range(views)], prepare_first_batch=False)
+        with warnings.catch_warnings():  # without the CUDA toolkit DALI misses a library of which nothing here is used
+            warnings.filterwarnings("ignore", r"nvidia-dali-\w+ is no longer shipped with CUDA runtime.*NPP is")
+            # prepare_first_batch would run the graph before there is a plan to run.
+            return DALIGenericIterator(pipeline, [f"view{v}" for v in range(views)], prepare_first_batch=False)
 
     def epoch(self, plan: Plan, start: int = 0) -> Iterator[Views]:
         """The views of steps start, start + 1, ... of a plan. An epoch left early costs nothing but its prefetch.

@@ -7,7 +7,8 @@ is wrong is named and left alone: nothing here overwrites what a user put there.
 import difflib
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import blake2b
@@ -151,6 +152,15 @@ class Splits(NamedTuple):
     test: Dataset
 
 
+@contextmanager
+def _below_root() -> Iterator[None]:
+    """Such as a folder that one may not look into is said of the key."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"data.root: {error}") from error
+
+
 def cifar10(root: Path | None, download: bool = True) -> Splits:
     """CIFAR-10: 50,000 + 10,000 images of 32x32, 10 classes."""
     from torchvision.datasets import CIFAR10
@@ -179,6 +189,7 @@ def digits16(root: Path | None = None, download: bool = True) -> Splits:
     return _digits("digits16", 16)
 
 
+@_below_root()
 def folder(root: Path | None, download: bool = True) -> Splits:
     """JPEG and PNG files in root/train/CLASS and root/val/CLASS, at any depth below; `download` is unused.
 
@@ -212,6 +223,7 @@ def folder(root: Path | None, download: bool = True) -> Splits:
     return Splits(half("train"), half("val"))
 
 
+@_below_root()
 def webdataset(root: Path | None, download: bool = True, train: str | None = None, val: str | None = None) -> Splits:
     """Tar shards of KEY.jpg (.jpeg, .png) beside KEY.cls, see shards.py; `download` is unused.
 
@@ -297,10 +309,7 @@ def load_splits(
     if test not in get_args(TestImages):
         raise DataError(f"test: {test!r} is none of {', '.join(get_args(TestImages))}")
     root = None if root is None else Path(os.path.expanduser(root))  # Path's own raises for a user who is not there
-    try:
-        splits = webdataset(root, download, train, val) if name == "webdataset" else DATASETS[name](root, download)
-    except OSError as error:  # such as a folder that one may not look into
-        raise DataError(f"data.root: {error}") from error
+    splits = webdataset(root, download, train, val) if name == "webdataset" else DATASETS[name](root, download)
     fields = ("classes", "mean", "std")  # by those of one half is understood what peers make of the other
     if wrong := [field for field in fields if getattr(splits.train, field) != getattr(splits.test, field)]:
         raise DataError(f"data.name: both halves of {name} must have the same {', '.join(wrong)}")
@@ -339,6 +348,7 @@ def _digits(name: str, side: int) -> Splits:
     )
 
 
+@_below_root()
 def _cifar(
     name: str,
     source: "type[CIFAR10]",

@@ -13,6 +13,9 @@ package = types.ModuleType("cutnmix")
 package.__path__ = [str(ROOT)]
 sys.modules["cutnmix"] = package
 
+for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):  # by these Rich would print otherwise
+    os.environ.pop(name, None)
+
 # Processes that tests start find the modules that stand here: small_network, imported.
 TESTS = str(Path(__file__).parent)
 os.environ["PYTHONPATH"] = os.pathsep.join([TESTS, *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -158,6 +158,6 @@ def launch(folder: Path, meshes: Sequence[tuple[int, int]]) -> None:
     data, peer = meshes[0]
     config = LaunchConfig(
         1, 1, data * peer, run_id=str(os.getpid()), rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
-        start_method="fork",
+        start_method="fork", local_addr="127.0.0.1",
     )  # fmt: skip
     elastic_launch(config, each)(folder, meshes)

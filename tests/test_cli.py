@@ -441,9 +441,12 @@ def quick(monkeypatch):
     [
         (
             ["method=one", "peers.form=branches", "views=shared"],
-            "the last batch of an epoch has 1 image, .* of one; drop",
+            "the last batch of an epoch has 1 image, .* one to train on; drop",
         ),
-        (["method=dml", "peers.network=torchvision.resnet18"], "the last .* of torchvision.resnet18; drop_last=true"),
+        (
+            ["method=dml", "peers.network=torchvision.resnet18"],
+            "the last .* torchvision.resnet18 to train on; drop_last=true",
+        ),
         (["method=dml", "peers.network=torchvision.resnet18", "batch_size=1"], "a batch has 1 image, .*; 2 or more"),
     ],
 )

@@ -221,6 +221,11 @@ def test_a_kept_file_of_other_images_is_not_written_over(runs, kept, tmp_path):
             compare([runs["alone"], runs["peers"]], keep=folder, **keys)
     assert (folder / "alone.safetensors").read_bytes() == before
     compare([runs["alone"], runs["peers"]], keep=folder)  # of the same
+    others = predicted.read(folder / "alone.safetensors")._replace(digest="of others")
+    predicted.write(folder / "alone.safetensors", others)
+    with pytest.raises(RunError, match="holds predictions of other images; keep these in another folder"):
+        compare([runs["alone"], runs["peers"]], keep=folder)
+    assert predicted.read(folder / "alone.safetensors").digest == "of others"
 
 
 def test_a_kept_file_of_another_run_is_not_written_over(runs, kept, tmp_path):

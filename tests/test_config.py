@@ -599,7 +599,7 @@ class Postponed(Demanding):
 BREACHES = {
     "types that are not there": (
         Postponed,
-        "its constructor cannot be read where it is called (NameError: name 'Unheard'",
+        "the annotations of its constructor cannot be evaluated (NameError: name 'Unheard'",
     ),
     "no needs": (type("Own", (), {"predictions": Demanding.predictions}), "it has no `needs`: write needs = Needs()"),
     "no predictions": (type("Own", (), {"needs": Needs()}), "it has no `predictions`: write def predictions(self, "),

@@ -222,7 +222,7 @@ def test_best_is_the_peer_that_leads_in_the_checkpoints_own_evaluation(copy):
         path, what = export(copy.path, "safetensors", "best")
         assert path == copy.path / "export" / f"{last}.safetensors"
         assert f"{last[:4]} {last[4]} (" in what and "the best on the test images, of last.pt: weights" in what
-        for done, leader in ((1, "peer0"), (2, "peer1")):  # the latter: from when on best.pt was no longer kept
+        for done, leader in ((1, "peer0"), (2, "peer1")):  # the latter: not the best on record
             torch.save(torch.load(copy.best, weights_only=True) | {"position": (done - 1, 6)}, copy.best)
             path, what = export(copy.path, "safetensors", "best", checkpoint="best")
             assert path == copy.path / "export" / f"{leader}-best-epoch.safetensors" and "of best.pt" in what

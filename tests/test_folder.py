@@ -136,7 +136,9 @@ def test_a_tilde_in_the_place_of_runs_is_the_home_folder(monkeypatch):
 def test_a_name_that_no_folder_can_have_is_refused_in_one_line(folder):
     with pytest.raises(RunError, match="File name too long"), RunFolder(folder.path / ("x" * 300)).locked():
         pass
-    RunFolder(folder.path / ("x" * 300)).check(config())
+    for refused in (lambda run: run.check(config()), RunFolder.expect, RunFolder.read_config):
+        with pytest.raises(RunError, match="File name too long"):
+            refused(RunFolder(folder.path / ("x" * 300)))
 
 
 def test_the_place_of_ones_own_images_says_which_they_are(folder):

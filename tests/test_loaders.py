@@ -684,6 +684,7 @@ def test_files_on_a_gpu_are_those_on_the_cpu(folder):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @ON_GPU
 def test_neither_resident_nor_mix_makes_the_host_wait(name, mix, second, dataset):
     distort, _ = DISTORTIONS[name]
@@ -691,8 +692,8 @@ def test_neither_resident_nor_mix_makes_the_host_wait(name, mix, second, dataset
     loader = loader_of("resident", dataset, distort, device="cuda")
     mixer = mixer_of(dataset).to("cuda")
     mixer(loader.views(plan.step(0)), plan.step(0))  # what is copied to the device once
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for s in range(len(plan)):
             mixer(loader.views(plan.step(s)), plan.step(s))
     finally:

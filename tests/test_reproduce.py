@@ -585,7 +585,7 @@ def test_runs_of_a_data_set_that_is_not_there_are_left_out(tmp_path):
 
 
 def grid_command(path: Path, out: Path, *arguments: str) -> list[str]:
-    return ["reproduce", str(path), "--out", str(out), "--no-measure", *arguments]
+    return ["reproduce", str(path), "--out", str(out), "--no-measure", "--threads", "1", *arguments]
 
 
 def start_grid(path: Path, out: Path, *arguments: str) -> Started:

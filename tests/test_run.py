@@ -1,20 +1,23 @@
 """The loop around the steps: what it saves and when, what it refuses to save, and what it says of a run's starts."""
 
+import itertools
 import json
 import math
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tasks
 import torch
 from rich.console import Console
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.utils.tensorboard import SummaryWriter
 
 from cutnmix.models import NETWORKS
+from cutnmix.models.peers import Peers
 from cutnmix.trainer import checkpoint, device, run
 from cutnmix.trainer.build import build
 from cutnmix.trainer.config import load_config
@@ -225,18 +228,38 @@ def test_a_reader_of_several_processes_checkpoint_stays_with_the_one_that_it_beg
     state = checkpoint.load(path, torch.device("cpu"))
     path.unlink()
     path.symlink_to("last.1")
+    checkpoint._clear(path)
     assert state == {"path": tmp_path / "last.0", "position": [0, 0]}
+    with pytest.raises(
+        RunError, match=f"{tmp_path / 'last.0'} was replaced by a later one while it was read: try again"
+    ):
+        checkpoint.load_peers(state, Peers(["small"], num_classes=10, seed=0))
 
 
-@pytest.mark.parametrize("full", ["metrics.jsonl", "tensorboard"])
+def test_a_checkpoint_may_be_a_link_to_elsewhere(train, tmp_path):
+    train()
+    last = RunFolder(tmp_path / "run").last
+    last.rename(tmp_path / "elsewhere.pt")
+    for place in (tmp_path / "elsewhere.pt", "../../elsewhere.pt"):
+        last.unlink(missing_ok=True)
+        last.symlink_to(place)
+        assert checkpoint.load(last, torch.device("cpu"))["position"] == (2, 0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's writer
+@pytest.mark.parametrize("full", ["metrics.jsonl", "tensorboard", "tensorboard later"])
 def test_a_record_that_cannot_be_written_is_told_in_a_line(full, train, tmp_path, monkeypatch):
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
+    real, writes = RecordWriter.write, itertools.count()
 
-    def write(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    def write(*arguments: Any) -> None:
+        if full == "tensorboard later" and next(writes) < 4:
+            real(*arguments)
+        else:
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*((os, "fsync") if full == "metrics.jsonl" else (SummaryWriter, "add_scalar")), write)
+    monkeypatch.setattr(*((os, "fsync") if full == "metrics.jsonl" else (RecordWriter, "write")), write)
     with pytest.raises(RunError, match="cannot be written: No space left on device"):
         folder.append({}) if full == "metrics.jsonl" else train()
 

@@ -240,8 +240,8 @@ def _check_single(config: Config, train: Dataset, mesh: Mesh) -> None:
         if left_over:
             batch, advice = "the last batch of an epoch", "drop_last=true leaves it out"
         raise ConfigError(
-            f"batch_size: {batch} has 1 image{' a process' * (config.num_processes > 1)}, too few for the batch norms "
-            f"of {' and '.join(names)}; {advice}"
+            f"batch_size: {batch} has 1 image{' a process' * (config.num_processes > 1)}, too few for "
+            f"{' and '.join(names)} to train on; {advice}"
         )
 
 

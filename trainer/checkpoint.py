@@ -16,7 +16,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,11 @@ def save(path: Path, learner: Learner, position: Position, tally: Tally, best_to
         try:
             _save_folder(path, learner, position, tally, best_top1, mesh)
         except (OSError, CheckpointException) as error:
+            if not isinstance(_first(error), OSError | RuntimeError) or isinstance(_first(error), _OF_DEVICE):
+                raise
             if mesh.first:
-                _clear(path)  # what was begun
+                with suppress(OSError):
+                    _clear(path)  # what was begun
             raise _unwritable(path, error) from error
         return
     device = _device(learner)
@@ -91,25 +94,31 @@ def load(path: Path, device: torch.device) -> dict[str, Any]:
     except _OF_DEVICE:
         raise
     except Exception as error:  # whatever the unpickler stumbles over: KeyError, EOFError, UnpicklingError and more
+        _check_there(path, error)
         raise RunError(f"{path} is damaged, or no checkpoint ({_told(error)})") from error
 
 
 def _linked(path: Path) -> Path:
     """The folder that a checkpoint of several processes is now: a run that trains on may turn the link at any time."""
-    return path.with_name(os.readlink(path)) if path.is_symlink() else path
+    return path.parent / os.readlink(path) if path.is_symlink() else path
 
 
-def load_peers(path: Path, peers: Peers) -> None:
-    """The weights of a checkpoint's peers, of those that live here.
+def _check_there(path: Path, error: BaseException) -> None:
+    """Raise RunError where a run that trains on has removed what is being read."""
+    if not path.exists():
+        raise RunError(f"{path} was replaced by a later one while it was read: try again") from error
+
+
+def load_peers(state: dict[str, Any], peers: Peers) -> None:
+    """The weights of a loaded state's peers, of those that live here.
 
     Raises: RunError where it holds others.
     """
-    path = _linked(path)
-    with _fitting(path):
-        if path.is_dir():
-            _read(path, {f"peers.{name}": tensor for name, tensor in peers.state_dict().items()})
+    with _fitting(state["path"]):
+        if "learner" in state:
+            peers.load_state_dict(state["learner"]["peers"])
         else:
-            peers.load_state_dict(load(path, torch.device("cpu"))["learner"]["peers"])
+            _read(state["path"], {f"peers.{name}": tensor for name, tensor in peers.state_dict().items()})
 
 
 def restore(state: dict[str, Any], learner: Learner, mesh: Mesh = ONE) -> tuple[Position, Tally, float]:
@@ -164,17 +173,24 @@ def _fitting(path: Path) -> Iterator[None]:
         yield
     except _OF_DEVICE:
         raise
-    except (RuntimeError, KeyError, ValueError, CheckpointException) as error:
+    except (RuntimeError, KeyError, ValueError, OSError, CheckpointException) as error:
+        _check_there(path, error)
         raise RunError(
             f"{path} does not fit what this version of cutnmix makes of the run's keys: go on with the version that "
             f"wrote it, or train anew in another folder ({_told(error)})"
         ) from error
 
 
-def _told(error: BaseException) -> str:
-    """An error of torch in a line, and its type where it says nothing. Of many processes' errors the first."""
+def _first(error: BaseException) -> BaseException:
+    """Of many processes' errors in one the first."""
     if isinstance(error, CheckpointException):
-        error = next((failure for failure, _ in error.failures.values()), error)
+        return next((failure for failure, _ in error.failures.values()), error)
+    return error
+
+
+def _told(error: BaseException) -> str:
+    """An error of torch in a line, and its type where it says nothing."""
+    error = _first(error)
     reason = " ".join(str(error).split()) or type(error).__name__
     return f"{reason[:_REASON]}{'...' * (len(reason) > _REASON)}"
 

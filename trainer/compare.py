@@ -194,7 +194,10 @@ def _predicted(
         predicted[run] = files.get(run) or predict(run)
         _check_digest(next(iter(predicted.items())), (run, predicted[run]))
         if keep and run not in files:
-            write(_kept(keep, run), predicted[run])
+            kept = _kept(keep, run)
+            if kept.is_file() and read(kept).digest != predicted[run].digest:
+                raise RunError(f"--keep: {kept} holds predictions of other images; keep these in another folder")
+            write(kept, predicted[run])
     return {run: predicted[run] for run in configs}
 
 

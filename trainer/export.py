@@ -120,7 +120,8 @@ def export(run: Path, format: str, peer: str, out: Path | None = None, checkpoin
     path = folder.best if checkpoint == "best" else folder.last
     if not path.exists():
         raise RunError(f"{path} is not there: the run has not saved that checkpoint")
-    j = _choose(folder, config.peers.count, peer, checkpoint)
+    state = load(path, torch.device("cpu"))
+    j = _choose(folder, config.peers.count, peer, Position(*state["position"]) if checkpoint == "best" else None)
 
     facts = _facts(folder, config)
     form, networks = config.peers.form, config.peers.networks
@@ -128,7 +129,7 @@ def export(run: Path, format: str, peer: str, out: Path | None = None, checkpoin
         peers = Peers(networks, num_classes=len(facts.classes), seed=config.seed, form=form)
     except ValueError as error:  # a network of a library that is not here
         raise ConfigError(str(error)) from error
-    load_peers(path, peers)
+    load_peers(state, peers)
     if j is None:
         network, metadata = Ensemble(peers), _metadata(facts, json.dumps(networks), "mean") | {"form": form}
         name, what = "mean", f"the mean of {len(peers)} peers ({', '.join(networks)})"
@@ -146,20 +147,20 @@ def export(run: Path, format: str, peer: str, out: Path | None = None, checkpoin
     return out, f"{what} of {path.name}: {use}"
 
 
-def _choose(folder: RunFolder, count: int, peer: str, checkpoint: str) -> int | None:
-    """The number of the peer; None for the mean of all."""
+def _choose(folder: RunFolder, count: int, peer: str, best: Position | None) -> int | None:
+    """The number of the peer; None for the mean of all. `best`: where best.pt was written, if it is of that."""
     if peer == "mean":
         return None
     if peer.isdecimal() and int(peer) < count:
         return int(peer)
     if peer != "best":
         raise RunError(f"--peer: {peer!r} is none of best, mean, {', '.join(map(str, range(count)))}")
-    tests = folder.records("test")
-    if checkpoint == "best":  # of the epoch that best.pt is of, whatever came after it was no longer kept
-        position = Position(*load(folder.best, torch.device("cpu"))["position"])
-        tests = [record for record in tests if record["epoch"] == position.epoch + 1]
+    tests, what = folder.records("test"), "evaluation yet"
+    if best is not None:  # not always the best on record: checkpoint.best may have been turned off meanwhile
+        tests = [record for record in tests if record["epoch"] == best.epoch + 1]
+        what = "evaluation on record of best.pt's epoch"
     if not tests:
-        raise RunError(f"--peer: best is not known, for {folder.path} has no evaluation yet; name a peer, or mean")
+        raise RunError(f"--peer: best is not known, for {folder.path} has no {what}; name a peer, or mean")
     scores = tests[-1]["scores"]
     return max(range(count), key=lambda j: scores[f"peer{j}"]["top1"])
 

@@ -77,7 +77,7 @@ class RunFolder:
         Raises:
             RunError: the folder holds a run and `resume` is never, or it holds a run with other keys.
         """
-        if not os.path.exists(self.config):  # unlike Path's, False where one may not look
+        if not self._holds_a_run():
             return
         if config.resume == "never":
             raise RunError(f"{self.path} holds a run already: resume=auto goes on with it, {otherwise}")
@@ -123,8 +123,14 @@ class RunFolder:
 
     def expect(self) -> None:
         """Raise RunError where it is no run's folder."""
-        if not self.config.exists():
+        if not self._holds_a_run():
             raise RunError(f"{self.path} is not a run: it has no config.yaml")
+
+    def _holds_a_run(self) -> bool:
+        try:
+            return self.config.exists()
+        except OSError as error:  # one may not look there, or no folder can have that name
+            raise RunError(f"{self.path}: {error.strerror}") from error
 
     def read_config(self) -> Config:
         """The configuration that the run was started with."""

@@ -74,7 +74,7 @@ def breach(method: Any) -> str | None:
     try:
         parameters = _parameters(method)
     except Exception as error:  # annotations are anybody's code
-        return f"its constructor cannot be read where it is called ({type(error).__name__}: {error})"
+        return f"the annotations of its constructor cannot be evaluated ({type(error).__name__}: {error})"
     if not parameters or parameters[0].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
         return "its constructor takes no task: write def __init__(self, task, *, KEY: TYPE = DEFAULT)"
     for key in parameters[1:]:

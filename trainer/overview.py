@@ -143,6 +143,7 @@ def stepping(config: Config, *, loading: bool = False) -> Iterator[Callable[[], 
 
     On the first batch again and again, or where it is `loading`, on one batch after another, with loader and plan.
     """
+    torch.backends.cudnn.benchmark = True  # as a run has it
     parts = build(config)
     tally, loaded = Tally([]), batches(parts)
     given = loaded if loading else repeat(next(loaded))

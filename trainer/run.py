@@ -6,9 +6,10 @@ import os
 import platform
 import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -77,7 +78,10 @@ def _train(config: Config, mesh: Mesh, display: Display, stop: list[int] | None)
         try:
             return _Run(config, parts, folder, display, requested).go()
         finally:
-            parts.close()
+            # Closing waits for the GPU, which may wait for a process that has died; that is told when this is left.
+            on_cpu = parts.setting.device.type == "cpu"
+            if mesh.size == 1 or on_cpu or isinstance(sys.exception(), Stopped | RunError | None):
+                parts.close()
 
 
 def _on_first(mesh: Mesh, action: Callable[[], None]) -> None:
@@ -115,7 +119,8 @@ class _Run:
         if self.mesh.first:
             records = folder.rewind(self.position, self.global_step)
             self.hours_before = records[-1].get("hours") if records else 0.0  # None: begun before hours were on record
-            self.writer = SummaryWriter(str(folder.tensorboard), purge_step=self.global_step + 1)
+            with self._telling_of_tensorboard():
+                self.writer = SummaryWriter(str(folder.tensorboard), purge_step=self.global_step + 1)
 
     @property
     def global_step(self) -> int:
@@ -136,7 +141,8 @@ class _Run:
                 self._epoch()
         finally:
             if self.writer:
-                self.writer.close()
+                with suppress(OSError):  # of a full disk, which is told of otherwise; metrics.jsonl has the same
+                    self.writer.close()
             self.display.stop()
         return self._finish()
 
@@ -216,11 +222,16 @@ class _Run:
         if not self.writer:
             return
         self.folder.append(record | self._cost())
-        try:
+        with self._telling_of_tensorboard():
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, record["step"])
-        except OSError as error:  # of the thread that writes
-            raise RunError(f"{self.folder.tensorboard} cannot be written: {error.strerror}") from error
+
+    @contextmanager
+    def _telling_of_tensorboard(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # perhaps of an earlier record, as a thread writes them
+            raise RunError(f"{self.folder.tensorboard} cannot be written: {error.strerror or error}") from error
 
     def _cost(self) -> dict[str, float]:
         """What the run has taken so far, all its sessions together; work lost to a kill and done again counts once."""
