@@ -44,7 +44,8 @@ def save(path: Path, learner: Learner, position: Position, tally: Tally, best_to
         try:
             _save_folder(path, learner, position, tally, best_top1, mesh)
         except (OSError, CheckpointException) as error:
-            if not isinstance(_first(error), OSError | RuntimeError) or isinstance(_first(error), _OF_DEVICE):
+            cause = _first(error)
+            if not isinstance(cause, OSError | RuntimeError) or isinstance(cause, _OF_DEVICE):
                 raise
             if mesh.first:
                 with suppress(OSError):

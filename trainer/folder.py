@@ -114,11 +114,9 @@ class RunFolder:
 
     def begin(self, config: Config) -> None:
         """Make the sub-folders and write the resolved configuration."""
-        try:
+        with written(self.path):
             for folder in (self.last.parent, self.peers, self.tensorboard):
                 folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"{self.path} cannot be written: {error.strerror}") from error
         write_atomically(self.config, yaml.safe_dump(dump_config(config), sort_keys=False))
 
     def expect(self) -> None:
@@ -142,13 +140,10 @@ class RunFolder:
 
     def append(self, record: dict[str, Any]) -> None:
         """One more line of metrics.jsonl, on the disk when this returns. Raises: RunError."""
-        try:
-            with self.metrics.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise RunError(f"{self.metrics} cannot be written: {error.strerror}") from error
+        with written(self.metrics), self.metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def records(self, kind: str = "") -> list[dict[str, Any]]:
         """All complete lines of metrics.jsonl (a kill can cut the last one short), or those of one kind.
@@ -210,18 +205,26 @@ def csv_text(rows: Sequence[dict[str, Any]]) -> str:
     return file.getvalue()
 
 
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Where this fails because it cannot be written, say so of `path`. Raises: RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Old or new, never half; where it fails, nothing is left of the new. Makes the folder. Raises: RunError."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another process may write the same
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+        with written(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

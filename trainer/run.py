@@ -28,7 +28,7 @@ from cutnmix.trainer.build import Parts, build
 from cutnmix.trainer.config import Config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.export import export_peers
-from cutnmix.trainer.folder import Position, RunError, RunFolder, Stopped, write_atomically
+from cutnmix.trainer.folder import Position, RunError, RunFolder, Stopped, write_atomically, written
 from cutnmix.trainer.mesh import Mesh, joined, leave_it_to_the_first
 from cutnmix.trainer.metrics import Scores, evaluate
 from cutnmix.trainer.schedule import lr_factor
@@ -119,7 +119,7 @@ class _Run:
         if self.mesh.first:
             records = folder.rewind(self.position, self.global_step)
             self.hours_before = records[-1].get("hours") if records else 0.0  # None: begun before hours were on record
-            with self._telling_of_tensorboard():
+            with written(folder.tensorboard):
                 self.writer = SummaryWriter(str(folder.tensorboard), purge_step=self.global_step + 1)
 
     @property
@@ -222,16 +222,9 @@ class _Run:
         if not self.writer:
             return
         self.folder.append(record | self._cost())
-        with self._telling_of_tensorboard():
+        with written(self.folder.tensorboard):  # a thread writes: it may fail of an earlier record
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, record["step"])
-
-    @contextmanager
-    def _telling_of_tensorboard(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:  # perhaps of an earlier record, as a thread writes them
-            raise RunError(f"{self.folder.tensorboard} cannot be written: {error.strerror or error}") from error
 
     def _cost(self) -> dict[str, float]:
         """What the run has taken so far, all its sessions together; work lost to a kill and done again counts once."""

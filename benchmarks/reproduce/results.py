@@ -236,8 +236,9 @@ def stamp(grid: Grid, plan: list[Planned], scale: float, paper: Table | None) ->
     whole = images == classes == {None}
     if whole:
         parts.append("all images")
-    of_all = [text for text in grid.overrides if re.split("[.=]", text)[0] in HELD]
-    told = [text for text in plan[0].overrides if re.split("[.=]", text)[0] in HELD]
+    of_all, told = (
+        [text for text in texts if re.split("[.=]", text)[0] in HELD] for texts in (grid.overrides, plan[0].overrides)
+    )
     parts += [*of_all, *told]
     comparable = scale == 1 and paper is not None and epochs == [paper.epochs] and whole
     comparable = comparable and not of_all and {planned.cell.data for planned in plan} <= {*DATA}

@@ -43,7 +43,7 @@ def plan(
     Raises: ConfigError for an unknown network, RunError for a folder of another run, both before anything is measured.
     """
     states = [state(run) for run in runs]
-    works = [estimate.work(run.config) if _sized(run) else _UNKNOWN for run in runs]
+    works = [_UNKNOWN if _images(run) is None else estimate.work(run.config) for run in runs]
     shares = [estimate.left(run.config) for run in runs]
     rows = list(zip(runs, states, works, shares, strict=True))
     display.note(f"{grid.title}{_stamp(scale)}")
@@ -91,13 +91,12 @@ def plan(
 _UNKNOWN = estimate.Work(0, 0, 0, 0)
 
 
-def _sized(run: Planned) -> bool:
-    """Whether its data set is there to be counted, or need not be."""
+def _images(run: Planned) -> int | None:
+    """How many it trains on; None where its data set is not there to be counted."""
     try:
-        estimate.sizes(run.config)
+        return estimate.sizes(run.config).train
     except DataError:
-        return False
-    return True
+        return None
 
 
 def summary(ended: Summary, grid: Grid, scale: float, absent: Iterable[str], display: Display) -> None:
@@ -119,7 +118,7 @@ def _stamp(scale: float) -> str:
 
 def _lengths(runs: Iterable[Planned]) -> str:
     """Such as 5 epochs of 1,000 images."""
-    lengths = {(run.config.epochs, estimate.sizes(run.config).train if _sized(run) else None): None for run in runs}
+    lengths = {(run.config.epochs, _images(run)): None for run in runs}
     return ", ".join(
         f"{epochs} epochs" + (f" of {images:,} images" if images is not None else "") for epochs, images in lengths
     )
