@@ -80,6 +80,9 @@ class Mesh(NamedTuple):
     data: int
     peer: int
 
+    def __str__(self) -> str:
+        return f"{self.data} x {self.peer}"
+
 
 class AllReduce(NamedTuple):
     """One in every step."""

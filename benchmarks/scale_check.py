@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cutnmix.benchmarks import plots, records, scale
 from cutnmix.benchmarks.measure import Spread
-from cutnmix.benchmarks.plan_scale import name, one_peer
+from cutnmix.benchmarks.one_peer import make_steps
 from cutnmix.benchmarks.records import Record, Row, Sheet, make_record
 from cutnmix.benchmarks.steps import LR, keys
 from cutnmix.models.cost import check_image_size, cost
@@ -150,7 +150,7 @@ def work(settings: dict[str, Any]) -> Record | None:
             if whole.first or case.mesh != ALONE
         }
         sizes = (batch // devices, batch)
-        single, _ = one_peer(network, CLASSES, SIZE, sizes, choose(_config(settings, Case(ALONE, 1))))
+        single, _ = make_steps(network, CLASSES, SIZE, sizes, choose(_config(settings, Case(ALONE, 1))))
         ring = over.get(scale.Mesh(1, devices)) or _mesh(scale.Mesh(1, devices), whole)
         sums = {size: torch.ones(size) for size in (SMALL, LARGE)}
 
@@ -210,7 +210,7 @@ def _record(settings: dict[str, Any], seen: dict[Case, list[Turn]], sent: dict[C
         job = scale.Job(method, case.J, batch, CLASSES, net.feature_dim, net.parameters)
         measured = [turn.step_s for turn in turns]
         predicted = [predict(job, case.mesh, turn.basis, devices) for turn in turns]
-        row, column = name(case.mesh), str(case.J)
+        row, column = str(case.mesh), str(case.J)
         tables["measured"].setdefault(row, {})[column] = Spread.of([1e3 * value for value in measured])
         tables["predicted"].setdefault(row, {})[column] = Spread.of([1e3 * value for value in predicted])
         tables["ratio"].setdefault(row, {})[column] = Spread.of_ratios(predicted, measured)

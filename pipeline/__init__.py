@@ -9,9 +9,10 @@ from cutnmix.pipeline.batch import Batch, Views
 from cutnmix.pipeline.cutnmix import CutnMix, mix_target, paste
 from cutnmix.pipeline.datasets import DATASETS, DataError, Dataset, Splits, load_splits
 from cutnmix.pipeline.distort import view_size
+from cutnmix.pipeline.laws import Colour, Distort, Mix
 from cutnmix.pipeline.loader import Loader, make_loader
 from cutnmix.pipeline.mix import MixBatch
-from cutnmix.pipeline.plan import Colour, Distort, Draws, Mix, Plan, make_plan
+from cutnmix.pipeline.plan import Draws, Plan, make_plan
 from cutnmix.pipeline.resident import ResidentLoader
 
 __all__ = [

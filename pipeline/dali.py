@@ -34,7 +34,8 @@ from cutnmix.pipeline.distort import (
     view_matrix,
     view_size,
 )
-from cutnmix.pipeline.plan import Distort, Draws, Plan
+from cutnmix.pipeline.laws import Distort
+from cutnmix.pipeline.plan import Draws, Plan
 
 # DALI makes its operators at run time and its stubs do not type the code of a graph: to the type checker they are Any.
 fn: Any = dali.fn

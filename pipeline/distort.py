@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cutnmix.pipeline.datasets import DataError, Dataset
-from cutnmix.pipeline.plan import Distort
+from cutnmix.pipeline.laws import Distort
 
 
 def view_size(dataset: Dataset, distort: Distort) -> tuple[int, int]:

@@ -9,7 +9,8 @@ import torch
 
 from cutnmix.pipeline.batch import Views
 from cutnmix.pipeline.datasets import DataError, Dataset
-from cutnmix.pipeline.plan import Distort, Plan
+from cutnmix.pipeline.laws import Distort
+from cutnmix.pipeline.plan import Plan
 from cutnmix.pipeline.resident import ResidentLoader
 
 _NO_DALI = "dali is not installed here (it exists for Linux only)"

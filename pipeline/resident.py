@@ -21,7 +21,8 @@ from cutnmix.pipeline.distort import (
     view_matrix,
     view_size,
 )
-from cutnmix.pipeline.plan import Distort, Draws, Plan
+from cutnmix.pipeline.laws import Distort
+from cutnmix.pipeline.plan import Draws, Plan
 
 
 class ResidentPixels(NamedTuple):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from cutnmix.configs import shipped
-from cutnmix.pipeline.plan import Mix
+from cutnmix.pipeline.laws import Mix
 from cutnmix.trainer.config import Config, ConfigError, PeersGroup, dump_config, load_config, parse_config
 from cutnmix.trainer.method import Needs, Task, breach
 from cutnmix.trainer.methods import METHODS

@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cutnmix.pipeline.boxes import BOX_RULES
 from cutnmix.pipeline.cutnmix import CutnMix
+from cutnmix.pipeline.laws import Colour, Distort, Mix
 from cutnmix.pipeline.mix import MixBatch
-from cutnmix.pipeline.plan import Colour, Distort, Draws, Mix, Plan, make_plan
+from cutnmix.pipeline.plan import Draws, Plan, make_plan
 from cutnmix.pipeline.resident import ResidentLoader
 
 H, W, BATCH, J = 32, 32, 8, 3

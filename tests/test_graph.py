@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cutnmix.pipeline.batch import Views
-from cutnmix.pipeline.plan import Colour, Distort, Draws, Mix, make_plan
+from cutnmix.pipeline.laws import Colour, Distort, Mix
+from cutnmix.pipeline.plan import Draws, make_plan
 from cutnmix.pipeline.resident import ResidentLoader
 from cutnmix.trainer.build import build
 from cutnmix.trainer.config import ConfigError, load_config

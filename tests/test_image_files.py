@@ -21,8 +21,9 @@ from cutnmix.benchmarks.reproduce.grid import Cell, Planned, images_per_class, l
 from cutnmix.pipeline.ahead import ahead
 from cutnmix.pipeline.batch import Views
 from cutnmix.pipeline.datasets import DataError, Dataset, load_splits
+from cutnmix.pipeline.laws import Colour, Distort, Mix
 from cutnmix.pipeline.loader import default_threads
-from cutnmix.pipeline.plan import Colour, Distort, Mix, Plan, make_plan
+from cutnmix.pipeline.plan import Plan, make_plan
 from cutnmix.pipeline.shards import Members, cache_folder, find_shards, read_members
 from cutnmix.trainer.build import build
 from cutnmix.trainer.config import ConfigError, Data, load_config

@@ -17,9 +17,10 @@ from cutnmix.pipeline import loader as loaders
 from cutnmix.pipeline.batch import Batch, Views
 from cutnmix.pipeline.datasets import DataError, Dataset, load_splits
 from cutnmix.pipeline.distort import colour_matrix
+from cutnmix.pipeline.laws import Colour, Distort, Mix
 from cutnmix.pipeline.loader import make_loader
 from cutnmix.pipeline.mix import MixBatch
-from cutnmix.pipeline.plan import Colour, Distort, Draws, Mix, Plan, make_plan
+from cutnmix.pipeline.plan import Draws, Plan, make_plan
 from cutnmix.pipeline.resident import ResidentLoader
 
 H, W, N, BATCH = 12, 16, 21, 8  # two full batches and one of 5

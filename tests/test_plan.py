@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from scipy import stats
 from torch import Tensor
 
-from cutnmix.pipeline.plan import Colour, Distort, Mix, Plan, Stream, generator, make_plan
+from cutnmix.pipeline.laws import Colour, Distort, Mix
+from cutnmix.pipeline.plan import Plan, Stream, generator, make_plan
 
 EVERYTHING = Distort(
     colour=Colour(brightness=0.4, contrast=0.3, saturation=0.2, hue=30.0), rotation=15.0, cutout=8, image_size=24

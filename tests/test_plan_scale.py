@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cutnmix.benchmarks import plan_scale, scale
+from cutnmix.benchmarks import one_peer, plan_scale, scale
 from cutnmix.benchmarks.steps import keys
 from cutnmix.models import NETWORKS
 from cutnmix.models.peers import Peers
@@ -224,14 +224,14 @@ def tiny(monkeypatch):
     monkeypatch.setitem(NETWORKS, "tiny", tasks.tiny)
 
 
-def measured(network: str = "tiny", **changes) -> plan_scale.Measured:
+def measured(network: str = "tiny", **changes) -> one_peer.Measured:
     points = (
         {"images": 2, "step_ms": (20.0, 19.0, 21.0, 3), "peak_mib": 300.0},
         {"images": 10, "step_ms": (60.0, 59.0, 61.0, 3), "peak_mib": 380.0},
     )
     words = dict.fromkeys(("date", "commit", "device", "hardware", "threads", "versions"), "here")
     here = {"classes": 4, "image_size": (32, 32), "parameters": 2**20, "precision": "float32", "compile": "none"}
-    return plan_scale.Measured.model_validate({"network": network, **here, "points": points, **words, **changes})
+    return one_peer.Measured.model_validate({"network": network, **here, "points": points, **words, **changes})
 
 
 def test_the_lines_go_through_what_was_measured():
@@ -249,25 +249,25 @@ def test_the_peak_of_a_half_precision_peer_holds_its_copy():
 
 def test_a_peer_is_measured_at_both_sizes(tiny):
     threads = torch.get_num_threads()
-    seen = plan_scale.probe(
+    seen = one_peer.probe(
         network="tiny", classes=4, size=(8, 8), batches=(6, 3), device="cpu", threads=threads, rounds=2, seconds=0.0
     )
     assert [point.images for point in seen.points] == [3, 6]
     assert all(0 < low <= median <= high and n == 2 for median, low, high, n in (p.step_ms for p in seen.points))
     assert all(point.peak_mib > 0 for point in seen.points)
     assert seen.parameters == sum(p.numel() for p in tasks.tiny(4).parameters())
-    assert plan_scale.Measured.model_validate_json(seen.model_dump_json()) == seen
+    assert one_peer.Measured.model_validate_json(seen.model_dump_json()) == seen
 
 
 def test_time_and_memory_go_to_their_batch_size(tiny, monkeypatch):
     """A peak never falls, so the smaller batch must come first, and the first step is not the whole of it."""
     log: list[int] = []
     steps = {images: lambda images=images: log.append(images) for images in (3, 6)}
-    monkeypatch.setattr(plan_scale, "one_peer", lambda *_: (steps, tasks.tiny(4)))
-    monkeypatch.setattr(plan_scale, "peak_mib", lambda device: 100.0 + sum(log))
-    monkeypatch.setattr(plan_scale, "per_second", lambda step, *_, **__: step() or 10.0 * log[-1])
+    monkeypatch.setattr(one_peer, "make_steps", lambda *_: (steps, tasks.tiny(4)))
+    monkeypatch.setattr(one_peer, "peak_mib", lambda device: 100.0 + sum(log))
+    monkeypatch.setattr(one_peer, "per_second", lambda step, *_, **__: step() or 10.0 * log[-1])
     threads = torch.get_num_threads()
-    seen = plan_scale.probe(
+    seen = one_peer.probe(
         network="tiny", classes=4, size=(8, 8), batches=(6, 3), device="cpu", threads=threads, rounds=2, seconds=0.0
     )
     assert [point.peak_mib for point in seen.points] == [100 + 3 + 3, 100 + 3 + 3 + 6 + 6]
@@ -276,7 +276,7 @@ def test_time_and_memory_go_to_their_batch_size(tiny, monkeypatch):
 
 def test_a_measured_step_trains_on_its_whole_batch(tiny, monkeypatch):
     setting = choose(load_config("quickstart", ["device=cpu", "precision=fp32"]))
-    steps, peers = plan_scale.one_peer("tiny", 4, (8, 8), (6, 3), setting)
+    steps, peers = one_peer.make_steps("tiny", 4, (8, 8), (6, 3), setting)
     shapes = []
     peers.nets[0].register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape)))
     for images in (3, 6):
@@ -292,7 +292,7 @@ def test_measured_here_in_a_process_of_its_own(tmp_path, capsys):
     quick = ["--rounds=1", "--seconds=0", "--threads=1", f"--save={tmp_path / 'one.json'}"]
     plan_scale.app([*options, *quick], standalone_mode=False)
     first = capsys.readouterr().out
-    seen = plan_scale.Measured.model_validate_json((tmp_path / "one.json").read_bytes())
+    seen = one_peer.Measured.model_validate_json((tmp_path / "one.json").read_bytes())
     assert (seen.network, seen.device, [point.images for point in seen.points]) == ("resnet20", "cpu", [4, 8])
     plan_scale.app([*options, f"--measured={tmp_path / 'one.json'}"], standalone_mode=False)
     assert capsys.readouterr().out in first  # the same plan, without the line that tells of measuring
@@ -334,7 +334,7 @@ def test_the_plan_is_that_of_the_formulae(command, saved, tmp_path):
     assert {axis: scale.Link(**link) for axis, link in left["links"].items()} == {
         "peer": scale.Link(1e9, 5e-6), "data": scale.Link(1e8, 5e-6)
     }  # fmt: skip
-    assert plan_scale.Measured.model_validate(left["measured"]) == measured()
+    assert one_peer.Measured.model_validate(left["measured"]) == measured()
     same = ("step_s", "least_s", "memory_bytes", "peer_bytes", "data_bytes", "fits")
     for row, each in zip(left["meshes"], want, strict=True):
         assert [row[key] for key in same] == [getattr(each, key) for key in same]
@@ -435,7 +435,7 @@ def test_a_file_that_is_no_measurement_is_refused(change, said, tmp_path):
     path = tmp_path / "bad.json"
     path.write_text(json.dumps(change(measured().model_dump(mode="json"))))
     with pytest.raises(ConfigError, match="no measurement") as refused:
-        plan_scale.read(path)
+        one_peer.read(path)
     assert said in str(refused.value)
 
 

@@ -11,9 +11,10 @@ from cutnmix.models.cost import blueprint, branches_cost, check_image_size, trai
 from cutnmix.models.peers import Peers, seeded
 from cutnmix.pipeline.datasets import Dataset, Splits, TestImages, load_splits
 from cutnmix.pipeline.distort import view_size
+from cutnmix.pipeline.laws import Mix
 from cutnmix.pipeline.loader import Loader, check_decoder, default_threads, make_loader
 from cutnmix.pipeline.mix import MixBatch
-from cutnmix.pipeline.plan import Mix, Plan, make_plan, part_of
+from cutnmix.pipeline.plan import Plan, make_plan, part_of
 from cutnmix.trainer.config import Config, ConfigError, Data
 from cutnmix.trainer.device import Setting, choose, compile_modules
 from cutnmix.trainer.mesh import ONE, Mesh

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import PydanticCustomError
 
 from cutnmix.configs import shipped
-from cutnmix.pipeline.plan import Distort, Mix
+from cutnmix.pipeline.laws import Distort, Mix
 from cutnmix.trainer.method import Needs, breach, keys_of
 from cutnmix.trainer.methods import METHODS
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Peers
 from cutnmix.pipeline.datasets import Dataset
 from cutnmix.pipeline.distort import view_size
-from cutnmix.pipeline.plan import Distort
+from cutnmix.pipeline.laws import Distort
 from cutnmix.trainer.build import Parts, load_data
 from cutnmix.trainer.checkpoint import load, load_peers
 from cutnmix.trainer.config import Config, ConfigError

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 from cutnmix.benchmarks.reproduce import report
 from cutnmix.benchmarks.reproduce.grid import Grid, Planned, Scale, with_what_lies_there
 from cutnmix.benchmarks.reproduce.ledger import Ledger
-from cutnmix.benchmarks.reproduce.workers import OTHERWISE, RESCHEDULES, Events
+from cutnmix.benchmarks.reproduce.workers import OTHERWISE, RESCHEDULES, Event, Events
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunFolder, Stopped
 from cutnmix.trainer.run import noted_signals
@@ -28,6 +28,35 @@ class Summary(NamedTuple):
     failed: dict[str, str]  # run -> reason, after all attempts
     taken: list[str]  # another process is at work on them
     page: Path | None  # report.html, if it could be written
+
+
+class _Ends:
+    """How the runs ended so far, by the names of their folders."""
+
+    def __init__(self):
+        self.finished: list[str] = []
+        self.failed: dict[str, str] = {}
+        self.taken: list[str] = []
+        self._times: Counter[tuple[str, str]] = Counter()
+
+    def again(self, event: Event) -> bool:
+        """Note an end; whether the run is to start once more: after a first failure, and after a few foreign stops."""
+        name, what = event.planned.config.folder.name, event.what
+        self._times[name, what] += 1
+        times = self._times[name, what]
+        if what in ("finished", "done"):
+            self.finished.append(name)
+        elif what == "taken":
+            self.taken.append(name)
+        elif what == "failed":
+            if times < ATTEMPTS:
+                return True
+            self.failed[name] = event.reason
+        elif what == "stopped":
+            if times <= RESCHEDULES:
+                return True
+            self.failed[name] = f"stopped {times} times, and not by this command; it is saved"
+        return False
 
 
 class Halted(Stopped):
@@ -78,12 +107,8 @@ def reproduce(
         if kept != "done" and planned.cell.data not in leave_out
     )
     ledger = Ledger(out / LEDGER, grid.name, scale)
-    attempts: Counter[str] = Counter()
-    stops: Counter[str] = Counter()
+    ends = _Ends()
     numbers: dict[str, int] = {}  # in the order in which they begin
-    finished: list[str] = []
-    failed: dict[str, str] = {}
-    taken: list[str] = []
     total = len(todo)
 
     def write_report() -> Path | None:
@@ -105,28 +130,16 @@ def reproduce(
             details = {key: value for key, value in event._asdict().items() if key in _TOLD and value}
             ledger.append(event.what, name, pid=event.pid, **details)
             display.note(f"{name}: {_WORDS[event.what]}{': ' if event.reason else ''}{event.reason}")
-            if event.what in ("finished", "done"):
-                finished.append(name)
-                write_report()
-            elif event.what == "taken":
-                taken.append(name)
-            elif event.what == "failed":
-                attempts[name] += 1
-                if attempts[name] >= ATTEMPTS:
-                    failed[name] = event.reason
-                elif not stop:
+            if ends.again(event) and not stop:
+                if event.what == "failed":
                     ledger.append("retried", name)
-                    todo.append(event.planned)
-            elif event.what == "stopped" and not stop:
-                stops[name] += 1
-                if stops[name] > RESCHEDULES:
-                    failed[name] = f"stopped {stops[name]} times, and not by this command; it is saved"
-                else:
-                    todo.append(event.planned)
+                todo.append(event.planned)
+            if event.what in ("finished", "done"):
+                write_report()
     page = write_report()
     if stop:
         raise Halted(stop[0], out)
-    return Summary(finished, failed, taken, page)
+    return Summary(ends.finished, ends.failed, ends.taken, page)
 
 
 _TOLD = ("reason", "traceback")

@@ -22,7 +22,7 @@ from cutnmix.models.cost import branches_cost, cost
 from cutnmix.models.saved import network_name
 from cutnmix.pipeline.datasets import DataError
 from cutnmix.pipeline.distort import view_size
-from cutnmix.pipeline.plan import Distort
+from cutnmix.pipeline.laws import Distort
 from cutnmix.trainer.build import load_data
 from cutnmix.trainer.config import Config, ConfigError, Data
 from cutnmix.trainer.folder import RunFolder
