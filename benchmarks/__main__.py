@@ -159,7 +159,9 @@ def peer_steps(
 def method_steps(
     device: Device = "cpu",
     root: Root = None,
-    count: Annotated[int, typer.Option(min=1, help="J; one, okddip and pcl have at least 3, as in their papers")] = 2,
+    count: Annotated[
+        int, typer.Option(min=1, help="J; one and pcl have at least 3, as in their papers, okddip two and a leader")
+    ] = 2,
     network: Network = "resnet32",
     batch: Batch = 64,
     rounds: Rounds = 5,

@@ -1,8 +1,9 @@
 """Views per second: J distorted, cut-and-mixed, normalised float32 views of a batch, ours beside the public ways.
 
-Every contender does the same work with its own tools, a view at a time: on arrays pad 4, random crop, flip, normalise,
-CutMix; on JPEG files decode (once an image), random resized crop, flip, normalise, CutMix. All run in this one process,
-in turn, round after round; the figure is the median over rounds. What comes out is on the device.
+Every contender does the same work with its own tools, the public ones a view at a time with CutMix, ours all J at once
+with CutnMix: on arrays pad 4, random crop, flip, normalise, mix; on JPEG files decode (once an image), random resized
+crop, flip, normalise, mix. All run in this one process, in turn, round after round; the figure is the median over
+rounds. What comes out is on the device.
 """
 
 from collections.abc import Callable, Generator, Iterator

@@ -26,7 +26,7 @@ NOTES = [
 
 
 def peers_of(name: str, count: int) -> int:
-    """`count`, or the number of the method's paper where that is more."""
+    """`count`, or PAPERS_PEERS where that is more."""
     return max(count, PAPERS_PEERS.get(name, 1), METHODS[name].needs.min_peers)
 
 

@@ -69,7 +69,10 @@ def plan_scale(
     save: Annotated[Path | None, typer.Option(help="write what was measured")] = None,
     device: Annotated[str, typer.Option(help="to measure on: auto, cpu or cuda")] = "auto",
     threads: Annotated[
-        int, typer.Option(min=0, help="of a process on a CPU: its cores / the processes that share them; 0 for all")
+        int,
+        typer.Option(
+            min=0, help="of a process on a CPU: its cores / those that share them; 0: all, of --check its share"
+        ),
     ] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="of which the median is taken")] = 5,
     seconds: Annotated[float, typer.Option(min=0, help="that each figure of a round takes")] = 1.0,

@@ -355,7 +355,7 @@ def _scaled_by_dali(image: Any, boxes: list[Any], size: tuple[int, int]) -> list
 
 
 def _scaled_by_torch(image: Any, boxes: list[Any], size: tuple[int, int], scalers: int) -> list[Any]:
-    """The same on a CPU, where torch scales bytes 4 to 15 times as fast as DALI (benchmarks/LOG.md).
+    """The same on a CPU, where torch scales bytes 7 to 15 times as fast as DALI (benchmarks/LOG.md).
 
     They differ by rounding, and by up to 8 in the outermost pixels: there torch shortens the filter, as Pillow does,
     and DALI repeats the last pixel.

@@ -1,4 +1,4 @@
-"""The plan of an epoch: every random number that training will use, as a pure function of (seed, epoch).
+"""The plan of an epoch: every random number of its data, as a pure function of (seed, epoch).
 
 Loaders and the mix only execute a plan; they own no random state. Each kind of draw has its own counter-based stream,
 keyed by (seed, epoch, kind, view): so peer j's draws do not change when J does, switching one distortion on leaves all

@@ -1,4 +1,4 @@
-"""What is fastest on the device at hand: `auto` keys resolved by measured defaults (figures in benchmarks/LOG.md)."""
+"""`auto` keys resolved: on a CPU by what was measured (benchmarks/LOG.md), on a GPU without one to measure on."""
 
 import os
 import platform

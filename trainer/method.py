@@ -91,10 +91,10 @@ class Method(Protocol):
     """An nn.Module, so that optimizer, device, compile and checkpoint need to know no more than that.
 
     Built as `METHODS[name](task, **keys)`: keyword-only arguments are the YAML keys under `method`, each with a
-    default, its paper's, and a type that says which values make sense, such as NotNegative. trainer/config.py refuses a
-    configuration with others; who calls the class is believed. What only the task or another key can tell is a
-    ValueError that names the key. Parameters are trained unless they ask for no gradient; buffers are what it
-    remembers, and are in every checkpoint.
+    default, its paper's or its authors' code's, and a type that says which values make sense, such as NotNegative.
+    trainer/config.py refuses a configuration with others; who calls the class is believed. What only the task or
+    another key can tell is a ValueError that names the key. Parameters are trained unless they ask for no gradient;
+    buffers are what it remembers, and are in every checkpoint.
 
     A run may split peers and batches over processes, see exchange.py. Then outputs, targets and batch are those of the
     own peers and images, each loss is the sum over the own peers of a mean over the own images, and what needs others

@@ -45,7 +45,7 @@ def evaluate(
 ) -> Scores:
     """Scores by name: peer0, peer1, ..., mean, best_peer, ensemble and the method's own predictions, such as teacher.
 
-    In eval mode, which the learner leaves again. One host synchronisation, at the end. `poll` is called after each
+    In eval mode, which the learner leaves again. No host synchronisation before the end. `poll` is called after each
     batch, so that a signal need not wait for the last one.
 
     Local batch norms of several processes have statistics of their own: all score with those of the first.
