@@ -44,7 +44,7 @@ def mix_target(label_B: Tensor, partner_B: Tensor, lam_L: Tensor, num_classes: i
 
 
 def one_hot(label_B: Tensor, num_classes: int) -> Tensor:
-    """(B, K) float32. Unlike F.one_hot it looks at no value, so it never waits for the device."""
+    """(B, K) float32, without the int64 of F.one_hot and its look at the values on a CPU."""
     return (label_B[:, None] == torch.arange(num_classes, device=label_B.device)).float()
 
 

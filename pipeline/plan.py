@@ -24,6 +24,7 @@ A plan is drawn for the whole batch and all peers. Where several processes share
 images and its peers' views: the same draws, wherever they are executed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from typing import Any, Literal, NamedTuple
@@ -148,7 +149,11 @@ class Plan:
                 return field.pin_memory().to(device, non_blocking=True)
             return field.to(device)  # towards the host it must wait: what was not yet copied could be read
 
-        moved = Plan(**{field.name: move(getattr(self, field.name)) for field in fields(self) if field.init})
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.init}
+        rows = {}
+        if device.type == "cuda":  # what a step reads a row of, and is short
+            rows = {name: _in_rows(values[name], move) for name in ("lam_SL", "epoch_S") if values[name] is not None}
+        moved = Plan(**{name: move(value) for name, value in values.items() if name not in rows}, **rows)
         if device.type != "cpu":
             object.__setattr__(moved, "_host", self.host)
         return moved
@@ -238,6 +243,15 @@ class Plan:
             epoch=self.epoch_S[0],
             second=self.second,
         )
+
+
+def _in_rows(field: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
+    """move(field), every row at a multiple of 16 bytes: a compiled kernel is given a copy of what lies elsewhere."""
+    flat = field if field.dim() > 1 else field[:, None]
+    at_once = 16 // field.element_size()
+    rows = field.new_zeros(len(field), -(-flat.shape[1] // at_once) * at_once)
+    rows[:, : flat.shape[1]] = flat
+    return move(rows)[:, : flat.shape[1]].view(field.shape)
 
 
 def part_of(size: int, index: int, count: int) -> range:

@@ -405,6 +405,31 @@ def test_shares_of_memory(monkeypatch):
     assert compile_s.rows["cutnmix"] == {"1": 9, "4": 9}
 
 
+def test_what_a_gpu_holds_for_good_counts_and_what_a_small_run_took_does_not(monkeypatch):
+    """Its peak is an absolute figure: less the peak of a small run whose memory is taken again, it would be too low."""
+    held, peak, mib = [900 * 2**20], [900 * 2**20], 2**20
+
+    @contextmanager
+    def training(overrides):
+        def step() -> None:
+            held[0] = 1000 * mib  # of which 100 stay: what a library took at first use
+            peak[0] = max(peak[0], held[0])
+
+        yield step
+        held[0] = 100 * mib
+
+    monkeypatch.setattr(memory, "training", training)
+    monkeypatch.setattr(memory, "Clock", lambda device: SimpleNamespace(start=lambda: None, stop=lambda: 1.0))
+    for name, call in {
+        "synchronize": lambda device: None,
+        "memory_allocated": lambda device: held[0],
+        "max_memory_allocated": lambda device: peak[0],
+        "reset_peak_memory_stats": lambda device: peak.__setitem__(0, held[0]),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, call)
+    assert memory.probe(["device=cuda"])["peak_mib"] == 900
+
+
 def test_an_absent_library_is_told(monkeypatch):
     monkeypatch.setattr(loaders, "installed", lambda library: library != "timm")
     monkeypatch.setattr(loaders, "_rate", lambda *_: 2.0)

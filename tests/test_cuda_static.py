@@ -137,11 +137,18 @@ def test_a_plan_goes_to_the_gpu_without_waiting_and_once(name, fake, monkeypatch
 
     monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
     plan = make_plan(
-        seed=0, epoch=0, num_images=BATCH, size=(H, W), batch_size=BATCH, distort=Distort(), mix=Mix(name=name),
+        seed=0, epoch=0, num_images=4 * BATCH, size=(H, W), batch_size=BATCH, distort=Distort(), mix=Mix(name=name),
         num_views=J, num_peers=J, second="image",
     )  # fmt: skip
     with AsyncCopies() as watched:
         moved = plan.to("cuda")
+    for number in (moved.step(s)._asdict() for s in range(4)):
+        for field in (
+            number["lam_L"],
+            number["epoch"],
+            number["box_M4"],
+        ):  # else a compiled mix is given copies of them
+            assert field is None or field.storage_offset() * field.element_size() % 16 == 0
     num_tensors = sum(isinstance(field, Tensor) for field in vars(plan).values())
     assert watched.to == ["cuda"] * num_tensors
     draws = moved.step(0)

@@ -126,7 +126,8 @@ def test_a_compiled_mix_is_the_eager_one():
 
 @LOADERS
 @pytest.mark.parametrize("compile", ["none", "peers", "graph"])
-def test_an_epoch_of_training_never_waits(loader, compile):
+def test_in_an_epoch_of_training_torch_never_waits(loader, compile):
+    """Torch's own calls only: in C++, DALI waits on the host until a read is there."""
     with parts_of(f"loader={loader}", f"compile={compile}", "data.images_per_class=40") as parts:
         tally = Tally([])
         train(parts, steps(parts), tally)  # compiles, captures, and copies to the device what is copied once
@@ -220,7 +221,7 @@ def test_what_leaves_a_graph_is_not_written_over():
 
 @LOADERS
 @pytest.mark.parametrize("compile", ["none", "peers", "graph"])
-def test_memory_is_flat_over_epochs(loader, compile):
+def test_memory_of_torch_is_flat_over_epochs(loader, compile):
     with parts_of(f"loader={loader}", f"compile={compile}") as parts:
         tally, taken = Tally([]), []
         for epoch in range(5):
@@ -232,6 +233,19 @@ def test_memory_is_flat_over_epochs(loader, compile):
 
 
 # DALI's buffers
+
+
+def test_of_dalis_outputs_few_are_held_however_many_epochs_pass(monkeypatch):
+    """Their memory is not torch's, so that the test above would not see it grow."""
+    dali = pytest.importorskip("cutnmix.pipeline.dali", exc_type=ImportError)
+    monkeypatch.setattr(dali, "_READ", 1)  # a batch a read
+    with parts_of("loader=dali", "compile=none") as parts:
+        for epoch in range(5):
+            train(parts, steps(parts, epoch))
+            torch.cuda.synchronize()
+        views, _ = next(batches := steps(parts, 5))
+        assert views.image_VBCHW.is_cuda and len(parts.loader._held) == 1  # pyright: ignore[reportAttributeAccessIssue]
+        batches.close()
 
 
 @pytest.fixture

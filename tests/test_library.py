@@ -402,4 +402,4 @@ def test_norms_that_are_more_than_norms_are_not_synchronised():
     """torch's conversion would leave their activations out, and so train another network."""
     nobody: Any = None  # it is refused before a group is asked for
     with pytest.raises(ValueError, match=r"^mesh\.sync_batch_norm: a network has BatchNormAct2d, which does more"):
-        synchronise(blueprint("timm.efficientnet_b0", 4), nobody, torch.device("cpu"))
+        synchronise(blueprint("timm.efficientnet_b0", 4), nobody)

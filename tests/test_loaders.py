@@ -1,10 +1,12 @@
 """DALI == resident == a loop over pixels, whatever is drawn, read ahead, resumed or left early."""
 
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -340,6 +342,33 @@ def test_an_epoch_never_closed_does_not_harm_the_next(loader, dataset):
     first = next(new)
     del old
     assert same_epoch(iter([first, *new]), loader_of("resident", dataset).epoch(plan))
+
+
+def test_outputs_of_dali_are_held_until_their_copies_are_made(monkeypatch):
+    """On a GPU, in the order in which they were made; the last ones stay until the loader is closed."""
+    dali = pytest.importorskip("cutnmix.pipeline.dali", reason="DALI runs on Linux", exc_type=ImportError)
+    done: list[int] = []
+    numbers = iter(range(9))
+
+    class Event:
+        def __init__(self):
+            self.number = next(numbers)
+
+        def record(self, stream):
+            assert stream == "the current one"
+
+        def query(self):
+            return self.number in done
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the current one")
+    loader = SimpleNamespace(device=torch.device("cuda"), _held=deque())
+    held = []
+    for ready in ([], [], [0, 1], [2, 3], []):
+        done += ready
+        dali.DaliLoader._hold(loader, {"number": len(held)})
+        held.append([outputs["number"] for _, outputs in loader._held])
+    assert held == [[0], [0, 1], [2], [3], [4]]
 
 
 def test_an_old_epoch_of_dali_does_not_take_batches_of_a_new_one(dataset):

@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mesh_worker
 import numpy as np
 import oracle
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from mesh_worker import MODES, SAVED, STEPS, Normed, config_of, restored
 from processes import SMALL_NETWORK, Started, fork, wait_until
@@ -233,6 +235,36 @@ def test_gradients_are_averaged_in_one_sum(monkeypatch):
     Exchange(data="data", data_count=2).average_(gradients)
     assert sums == [("data", 10)]
     torch.testing.assert_close(gradients, [torch.full((2, 3), 1.5), torch.full((4,), 6.0)])
+
+
+def test_gradients_are_averaged_as_they_lie_in_memory(monkeypatch):
+    """Else a channels_last one is copied, and _foreach_copy_ is one kernel only where the strides are alike."""
+    kept = torch.randn(2, 3, 4, 5), torch.randn(6, 3, 3, 3).to(memory_format=torch.channels_last), torch.tensor(2.0)
+    gradients, copied = [each.clone() for each in kept], []
+    monkeypatch.setattr(exchange, "_sum", lambda flat, group: 6 * flat)
+    with monkeypatch.context() as patch, oracle.Dispatches() as watched:
+        real = torch._foreach_copy_
+        patch.setattr(torch, "_foreach_copy_", lambda to, means: copied.append((to, means)) or real(to, means))
+        Exchange(data="data", data_count=2).average_(gradients)
+    torch.testing.assert_close(gradients, [3 * each for each in kept])
+    ((to, means),) = copied
+    assert [each.stride() for each in to] == [each.stride() for each in means] == [(1,)] * 3
+    assert [each.data_ptr() for each in to] == [each.data_ptr() for each in gradients]
+    assert not {"clone", "copy_", "_reshape_copy"} & set(watched.calls)
+
+
+def test_a_gradient_with_gaps_is_refused_before_a_copy_of_it_is_averaged():
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        Exchange(data="data", data_count=2).average_([torch.randn(4, 4)[:, :2]])
+
+
+def test_a_sum_is_asked_for_once_all_are_known_to_be_there(monkeypatch):
+    """Gloo raises where one is missing; for NCCL the host waits until its watchdog ends the process."""
+    asked = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, *op: asked.append((tensor.device.type, tensor.dtype)))
+    devices: Any = object()
+    Mesh(2, 1, 0, devices).sum(torch.zeros(3, device="meta"))
+    assert asked == [("cpu", torch.int64), ("meta", torch.float32)]
 
 
 def test_alone_nothing_is_computed():

@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from cutnmix.pipeline.laws import Colour, Distort, Mix
-from cutnmix.pipeline.plan import Plan, Stream, generator, make_plan
+from cutnmix.pipeline.plan import Plan, Stream, _in_rows, generator, make_plan
 
 EVERYTHING = Distort(
     colour=Colour(brightness=0.4, contrast=0.3, saturation=0.2, hue=30.0), rotation=15.0, cutout=8, image_size=24
@@ -625,3 +625,14 @@ def test_laws_cannot_be_changed_afterwards():
 )
 def test_the_box_rule_is_the_mixs_own_unless_it_is_given(mix, rule):
     assert mix.rule == rule
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (4,), (5,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_that_are_moved_apart_are_the_same_rows(rows, shape, dtype):
+    field = torch.randn(rows, *shape, dtype=dtype)
+    moved = []
+    apart = _in_rows(field, lambda rows: moved.append(rows) or rows.clone())
+    assert torch.equal(apart, field) and len(moved) == 1 and moved[0].is_contiguous()
+    assert apart.dtype == dtype and apart.stride(0) * field.element_size() % 16 == 0

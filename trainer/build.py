@@ -325,7 +325,7 @@ def make_learner(
             method: Any = METHODS[config.method["name"]](task, **keys)
         if config.mesh.sync_batch_norm and mesh.data > 1 and mesh.data_group is not None:
             for module in (peers, method):
-                synchronise(module, mesh.data_group, setting.device)
+                synchronise(module, mesh.data_group)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     peers, method = peers.to(setting.device), method.to(setting.device)

@@ -85,15 +85,20 @@ class Exchange(NamedTuple):
         """
         if self.data is None:
             return
-        gradients = [*gradients]
-        whole = _sum(torch.cat([gradient.flatten() for gradient in gradients]), self.data) / self.data_count
-        means = whole.split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(
-            gradients, [mean.view(gradient.shape) for mean, gradient in zip(means, gradients, strict=True)]
-        )
+        flat = [_as_it_lies(gradient) for gradient in gradients]
+        whole = _sum(torch.cat(flat), self.data) / self.data_count
+        torch._foreach_copy_(flat, whole.split([gradient.numel() for gradient in flat]))
 
 
 ALONE = Exchange()
+
+
+def _as_it_lies(gradient: Tensor) -> Tensor:
+    """Its memory in one dimension, no copy: those of channels_last weights are channels_last, in every process.
+
+    Copies of unlike layouts would besides keep _foreach_copy_ from being one kernel.
+    """
+    return gradient.permute(sorted(range(gradient.dim()), key=gradient.stride, reverse=True)).view(-1)
 
 
 def _sum(flat: Tensor, group: GroupName) -> Tensor:

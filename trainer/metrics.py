@@ -124,7 +124,7 @@ def _metrics(num_classes: int, device: torch.device, mesh: Mesh) -> "MetricColle
     from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
     top5, group = min(5, num_classes), mesh.data_group
-    with device:  # built there: moving them would make the host wait
+    with device:  # built there, so that no state is moved
         return MetricCollection(
             {
                 "top1": MulticlassAccuracy(num_classes, average="micro", validate_args=False, process_group=group),

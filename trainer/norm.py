@@ -9,8 +9,8 @@ from torch.nn.functional import batch_norm
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def synchronise(module: nn.Module, group: dist.ProcessGroup, device: torch.device) -> None:
-    """Put torch.nn.SyncBatchNorm in place of every batch norm within; on a CPU, which that refuses, our twin.
+def synchronise(module: nn.Module, group: dist.ProcessGroup) -> None:
+    """Make every batch norm within a WholeBatchNorm.
 
     Raises: ValueError, naming the key, for layers that are more than a batch norm, which would lose the rest.
     """
@@ -21,16 +21,18 @@ def synchronise(module: nn.Module, group: dist.ProcessGroup, device: torch.devic
             f"synchronised; write false, or take another network"
         )
     nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
-    if device.type == "cpu":
-        for layer in module.modules():
-            if isinstance(layer, nn.SyncBatchNorm):
-                layer.__class__ = HostSyncBatchNorm  # the same parameters, buffers and settings; another forward
+    for layer in module.modules():
+        if isinstance(layer, nn.SyncBatchNorm):
+            layer.__class__ = WholeBatchNorm  # the same parameters, buffers and settings; another forward
 
 
-class HostSyncBatchNorm(nn.SyncBatchNorm):
-    """nn.SyncBatchNorm for a CPU: for tests without GPUs, exact rather than fast.
+class WholeBatchNorm(nn.SyncBatchNorm):
+    """nn.SyncBatchNorm with one sum over the processes in place of a gather.
 
-    Sums of x and x^2 are added up over the processes in float64, with gradients through both.
+    Torch's own looks for empty shares of the batch: its boolean index makes the host wait for a GPU at every norm and
+    parts the compiled graph there; and it refuses a CPU. Nobody's share is empty here.
+
+    Means and variances of the shares are float32, and are joined in float64 with gradients through both.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -40,8 +42,11 @@ class HostSyncBatchNorm(nn.SyncBatchNorm):
         if not self.training:
             return batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         axes = [axis for axis in range(input.dim()) if axis != 1]
-        x = input.double()
-        here = torch.stack([x.sum(axes), x.square().sum(axes), torch.full_like(x.sum(axes), x[:, 0].numel())])
+        x = input.float()
+        count = x[:, 0].numel()
+        here_var_C, here_mean_C = (each.double() for each in torch.var_mean(x, axes, correction=0))
+        square_C = here_var_C + here_mean_C.square()
+        here = count * torch.stack([here_mean_C, square_C, torch.ones_like(square_C)])
         sum_C, square_C, count_C = wait_tensor(all_reduce(here, "sum", self.process_group))
         mean_C = sum_C / count_C
         var_C = (square_C / count_C - mean_C.square()).clamp(min=0)
@@ -51,7 +56,8 @@ class HostSyncBatchNorm(nn.SyncBatchNorm):
             self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(unbiased_C.to(self.running_var.dtype), self.momentum)
         shape = [1, -1] + [1] * (input.dim() - 2)
-        normal = (x - mean_C.view(shape)) * (var_C + self.eps).rsqrt().view(shape)
+        scale_C = (var_C + self.eps).rsqrt().float()
+        normal = (x - mean_C.float().view(shape)) * scale_C.view(shape)
         if self.affine:
             normal = normal * self.weight.view(shape) + self.bias.view(shape)
         return normal.to(input.dtype)

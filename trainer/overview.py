@@ -161,6 +161,8 @@ def stepping(config: Config, *, loading: bool = False) -> Iterator[Callable[[], 
     finally:
         loaded.close()
         parts.close()
+        if on_gpu:
+            torch.cuda.empty_cache()  # what tuning took: others may share the GPU
 
 
 def batches(parts: Parts) -> Generator[tuple[Views, Draws], None, None]:

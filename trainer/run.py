@@ -62,6 +62,7 @@ def _train(config: Config, mesh: Mesh, display: Display, stop: list[int] | None)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without it
     torch.use_deterministic_algorithms(config.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.manual_seed(config.seed + (mesh.rank << 32))  # peers and images of different processes: other dropout
     parts = build(config, mesh)
