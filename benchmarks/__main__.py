@@ -4,7 +4,6 @@ Each prints tables, and leaves NAME.json and NAME.png in runs/bench, or --out. `
 same.
 """
 
-import os
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +17,7 @@ from cutnmix.benchmarks import loaders, memory, methods, mixes, peers, plots, re
 from cutnmix.benchmarks.measure import checkout
 from cutnmix.pipeline import Dataset, load_splits
 from cutnmix.trainer.cli import main
+from cutnmix.trainer.folder import RunError, expect_writable
 from cutnmix.trainer.options import Network
 
 app = typer.Typer(
@@ -30,22 +30,28 @@ Views = Annotated[str, typer.Option(help="the values of J, with commas")]
 Rounds = Annotated[int, typer.Option(min=1, help="of which the median is taken; all contenders run once in each")]
 Seconds = Annotated[float, typer.Option(min=0, help="that each figure of a round takes, without its warm-up")]
 Batch = Annotated[int, typer.Option(min=2, help="images")]
-Json = Annotated[Path | None, typer.Option("--json", help="write the record to this file too")]
 
 
 def _made(folder: Path) -> Path:
     """Refused before anything is measured."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise typer.BadParameter(f"{folder}: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise typer.BadParameter(f"{folder} cannot be written")
+        expect_writable(folder)
+    except RunError as error:
+        raise typer.BadParameter(str(error)) from error
     return folder
+
+
+def _within_a_folder(file: Path | None) -> Path | None:
+    if file:
+        _made(file.parent)
+    return file
 
 
 HERE = Path("runs/bench")
 Out = Annotated[Path, typer.Option(callback=_made, help="folder of the records and plots")]
+Json = Annotated[
+    Path | None, typer.Option("--json", callback=_within_a_folder, help="write the record to this file too")
+]
 
 
 @app.command()
@@ -72,9 +78,9 @@ def loader(
         data = loaders.write_jpegs(Path(folder), images).train if jpeg else _data(root)
         sheets = loaders.measure(
             data,
-            views=_numbers(views),
+            views=_numbers(views, "--views"),
             batch=batch,
-            batches=_numbers(batches) if batches else [],
+            batches=_numbers(batches, "--batches") if batches else [],
             rounds=rounds,
             seconds=seconds,
             device=_device(device),
@@ -96,7 +102,9 @@ def mix(
     out: Out = HERE,
 ) -> records.Record:
     """Milliseconds and aten calls of the mix alone, on views that are ready."""
-    sheets = mixes.measure(views=_numbers(views), batch=batch, rounds=rounds, seconds=seconds, device=_device(device))
+    sheets = mixes.measure(
+        views=_numbers(views, "--views"), batch=batch, rounds=rounds, seconds=seconds, device=_device(device)
+    )
     settings = {"batch": batch, "rounds": rounds, "seconds": seconds}
     notes = [*mixes.NOTES, _warmup(mixes.WARMUP, "calls")]
     return _leave("mix", sheets, settings, notes, device, json, out)
@@ -119,7 +127,7 @@ def step(
         root=root,
         data=_data(root),
         network=network,
-        views=_numbers(views),
+        views=_numbers(views, "--views"),
         batch=batch,
         rounds=rounds,
         seconds=seconds,
@@ -144,7 +152,7 @@ def peer_steps(
     """Milliseconds of a training step with J peers, and its ratio to J steps of one plain network."""
     sheets = peers.measure(
         network=network,
-        views=_numbers(views),
+        views=_numbers(views, "--views"),
         batch=batch,
         rounds=rounds,
         seconds=seconds,
@@ -197,7 +205,7 @@ def peer_memory(
 ) -> records.Record:
     """Peak memory of training J peers, a process each; how long compiling them takes."""
     sheets = memory.measure(
-        network=network, views=_numbers(views), batch=batch, device=_device(device), compiled=compile
+        network=network, views=_numbers(views, "--views"), batch=batch, device=_device(device), compiled=compile
     )
     settings = {"network": network, "batch": batch}
     notes = [*memory.NOTES, *([memory.COMPILE_NOTE] if compile else [])]
@@ -214,7 +222,7 @@ def everything(
     out: Out = HERE,
 ) -> None:
     """All of them, with their defaults."""
-    few = ",".join(str(count) for count in _numbers(views) if count <= 4) or views  # a JPEG's view is 600 kB
+    few = ",".join(str(count) for count in _numbers(views, "--views") if count <= 4) or views  # a JPEG's view is 600 kB
     left = [
         loader(device, root, views, rounds=rounds, out=out),
         loader(device, views=few, batch=32, jpeg=True, rounds=rounds, out=out),
@@ -293,21 +301,21 @@ def _root_option(root: Path | None) -> str:
     return " --root DIR" if root else ""
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(text: str, option: str) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",") if part]
     except ValueError:
         numbers = [0]
     if not numbers or min(numbers) < 1:
-        raise typer.BadParameter(f"{text!r} is no list of numbers such as 1,2,4")
+        raise typer.BadParameter(f"{text!r} is no list of numbers such as 1,2,4", param_hint=option)
     return numbers
 
 
 def _device(name: str) -> torch.device:
     if name not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"{name!r} is neither cpu nor cuda")
+        raise typer.BadParameter(f"{name!r} is neither cpu nor cuda", param_hint="--device")
     if name == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("torch sees no CUDA device here")
+        raise typer.BadParameter("torch sees no CUDA device here", param_hint="--device")
     return torch.device(name)
 
 

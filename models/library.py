@@ -98,11 +98,13 @@ def nearest(name: str, ours: Iterable[str]) -> str | None:
     elif not library:
         longer = [known for known in ours if rest and known.startswith(rest)]
         same = [known for known in names if _parts(known)[0] == rest]
-        names = longer or same or get_close_matches(rest, ours, n=1, cutoff=0.8) or names
+        names = longer or same or get_close_matches(rest, ours, n=9, cutoff=0.8) or names
 
-    def likeness(known: str) -> tuple[float, float]:
+    def likeness(known: str) -> tuple[float, int, float]:
         known_rest, known_library = _parts(known)
-        return SequenceMatcher(None, rest, known_rest).ratio(), SequenceMatcher(None, library, known_library).ratio()
+        alike = SequenceMatcher(None, rest, known_rest).ratio()
+        in_place = sum(one == other for one, other in zip(rest, known_rest, strict=False))  # resnet21: 20, not 32
+        return alike, in_place, SequenceMatcher(None, library, known_library).ratio()
 
     near = max(names, key=likeness)
     return near if likeness(near)[0] >= LIKE else None

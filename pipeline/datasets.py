@@ -309,7 +309,12 @@ def load_splits(
     if test not in get_args(TestImages):
         raise DataError(f"test: {test!r} is none of {', '.join(get_args(TestImages))}")
     root = None if root is None else Path(os.path.expanduser(root))  # Path's own raises for a user who is not there
-    splits = webdataset(root, download, train, val) if name == "webdataset" else DATASETS[name](root, download)
+    try:
+        splits = webdataset(root, download, train, val) if name == "webdataset" else DATASETS[name](root, download)
+    except OSError as error:  # of a data set of the user's own
+        raise DataError(f"data.name: {name} cannot be read: {error}") from error
+    if not (isinstance(splits, Splits) and all(isinstance(half, Dataset) for half in splits)):
+        raise DataError(f"data.name: DATASETS[{name!r}] must return Splits of two Dataset, got {splits!r:.80}")
     fields = ("classes", "mean", "std")  # by those of one half is understood what peers make of the other
     if wrong := [field for field in fields if getattr(splits.train, field) != getattr(splits.test, field)]:
         raise DataError(f"data.name: both halves of {name} must have the same {', '.join(wrong)}")

@@ -150,7 +150,7 @@ class Plan:
             return field.to(device)  # towards the host it must wait: what was not yet copied could be read
 
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.init}
-        rows = {}
+        rows: dict[str, Any] = {}
         if device.type == "cuda":  # what a step reads a row of, and is short
             rows = {name: _in_rows(values[name], move) for name in ("lam_SL", "epoch_S") if values[name] is not None}
         moved = Plan(**{name: move(value) for name, value in values.items() if name not in rows}, **rows)

@@ -152,8 +152,18 @@ def test_all_leaves_every_record(monkeypatch, tmp_path):
 def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(mixes, "measure", None)
     (tmp_path / "file").touch()
-    with pytest.raises(typer.BadParameter, match="file/results: Not a directory"):
+    with pytest.raises(typer.BadParameter, match="file/results cannot be written: Not a directory"):
         commands.app(["mix", f"--out={tmp_path}/file/results"], standalone_mode=False)
+    with pytest.raises(typer.BadParameter, match="file cannot be written: File exists"):
+        commands.app(["mix", f"--out={tmp_path}", f"--json={tmp_path}/file/x.json"], standalone_mode=False)
+
+
+@pytest.mark.parametrize("option", ["--views=0", "--views=x", "--batches=0", "--device=tpu"])
+def test_an_option_that_has_no_meaning_is_named(option, tmp_path, monkeypatch):
+    monkeypatch.setattr(loaders, "measure", None)
+    with pytest.raises(typer.BadParameter) as refused:
+        commands.app(["loader", option, f"--out={tmp_path}"], standalone_mode=False)
+    assert refused.value.param_hint == option.partition("=")[0]
 
 
 def test_the_records_of_a_checkout_are_not_written_over_unless_one_says_so(tmp_path, monkeypatch):

@@ -255,6 +255,8 @@ def test_report_needs_no_module_of_the_run(tmp_path, command):
         ("last", b"half a checkpoint", "evaluate", "is damaged, or no checkpoint ("),
         ("last", b"", "evaluate", "is damaged, or no checkpoint ("),
         ("metrics", b'{"kind": "test"\n', "report", ": line 1 is damaged ("),
+        ("metrics", b'{"kind": "test"}\n', "report", ": line 1 is damaged ("),
+        ("metrics", b'{"kind": "test", "epoch": "\xff\xfe\n', "report", ": line 1 is damaged ("),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named(name, content, verb, said, tmp_path, command):
@@ -271,6 +273,24 @@ def test_a_table_that_cannot_be_written_is_named(trained, command, tmp_path):
     folder, _ = trained
     code, _, error = command("compare", folder.path, "--csv", tmp_path)
     assert (code, error) == (2, f"error: {tmp_path} cannot be written: Is a directory\n")
+    code, out, error = command("compare", folder.path, "--csv", "/proc/none/x.csv")
+    assert (code, out, error) == (2, "", "error: /proc/none cannot be written: No such file or directory\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
+@pytest.mark.parametrize("output", ["a closed pipe", "a full disk"])
+def test_a_run_goes_on_where_nobody_reads_what_it_says(output):
+    """All of it is in the run's folder."""
+    code = "from cutnmix.trainer.display import Display; d = Display(); [d.note('x' * 9999) for _ in range(3)]"
+    if output == "a full disk":
+        with open("/dev/full", "wb") as file:
+            done = subprocess.run([sys.executable, "-c", code], stdout=file, stderr=subprocess.PIPE, text=True)
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_what_a_module_of_ones_own_adds_is_there_for_every_command(tmp_path, command, monkeypatch):

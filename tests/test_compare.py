@@ -108,6 +108,17 @@ def test_runs_on_other_images_are_refused(runs, tmp_path):
         compare([runs["peers"], other.path])
 
 
+def test_a_file_that_is_not_there_is_said_to_be_absent(runs, tmp_path):
+    with pytest.raises(RunError, match=f"^{tmp_path / 'x.safetensors'} is not there$"):
+        compare([runs["peers"], tmp_path / "x.safetensors"])
+
+
+def test_what_cannot_be_kept_is_told_before_anything_is_scored(runs, monkeypatch):
+    monkeypatch.setattr(comparison, "_predicted", lambda *_: pytest.fail("scored"))
+    with pytest.raises(RunError, match=r"^/proc/none cannot be written: No such file or directory$"):
+        compare([runs["alone"], runs["peers"]], keep=Path("/proc/none"))
+
+
 # Files of predictions
 
 

@@ -1,11 +1,14 @@
 """A configuration means one thing, and what is wrong with it is said in full: the key, who set it, what is allowed."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
+from cutnmix.benchmarks.reproduce.grid import GRIDS, load_grid
 from cutnmix.configs import shipped
 from cutnmix.pipeline.laws import Mix
 from cutnmix.trainer.config import Config, ConfigError, PeersGroup, dump_config, load_config, parse_config
@@ -650,3 +653,58 @@ def test_a_method_that_a_run_does_not_import_may_be_ones_own(tmp_path):
     ):
         parse_config(tree, "runs/x")
     assert not refusal("quickstart", "method=ensemble", "imports=[json]").endswith("imports")
+
+
+def test_a_group_on_the_command_line_is_its_keys_one_by_one():
+    at_once = ["mix={alpha: 0.5}", "schedule={warmup_epochs: 2}", "distort={colour: {hue: 3}}", "data={classes: 5}"]
+    apart = ["mix.alpha=0.5", "schedule.warmup_epochs=2", "distort.colour.hue=3", "data.classes=5"]
+    assert load_config("quickstart", at_once) == load_config("quickstart", apart)
+    assert load_config("quickstart", ["mix={}"]) == load_config("quickstart")
+    named = load_config("quickstart", ["method={temperature: 2, name: dml}"])
+    assert named == load_config("quickstart", ["method=dml", "method.temperature=2"])
+    assert "method (" in refusal("quickstart", "method=null")
+
+
+@pytest.mark.parametrize("text", [".=3", "data..root=3", ".data=3", "data.=3"])
+def test_a_key_with_a_part_left_out_is_refused_as_it_stands(text):
+    assert refusal("quickstart", text).startswith(f"{text}: write KEY=VALUE")
+
+
+def test_a_method_without_a_name_is_told_so(tmp_path):
+    assert refusal(write(tmp_path, "method: {temperature: 3}")).startswith(
+        f"method ({tmp_path / 'recipe.yaml'}): name is"
+    )
+
+
+@pytest.mark.parametrize("key", ["name", "runs", "data.root"])
+def test_a_null_character_is_in_no_path(key):
+    told = refusal("quickstart", f'{key}="a\\0b"')
+    assert told == f"{key} (command line): no file can have a name with a null character"
+
+
+@pytest.mark.parametrize("name", ["mine.py", "../mine", "/mine", ".mine"])
+def test_a_path_for_a_module_is_told_of(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "mine", SimpleNamespace())
+    assert f"write the name of a module, such as my_methods, not '{name}'" in refusal("quickstart", f"imports=[{name}]")
+
+
+def test_a_module_that_ends_the_process_is_an_error_as_others_are(tmp_path, monkeypatch):
+    (tmp_path / "leaving.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert "'leaving' cannot be imported (SystemExit: 0)" in refusal("quickstart", "imports=[leaving]")
+
+
+@pytest.mark.parametrize("text", ["epochs: [1", "a: 'b", "\x00", "a: b: c", "- @", "a: 1\na: 2", "2023-02-30"])
+def test_what_is_no_yaml_is_told_in_one_line(text, tmp_path):
+    told = refusal(write(tmp_path, text))
+    assert told.startswith(f"{tmp_path / 'recipe.yaml'}: ") and "\n" not in told and "<unicode" not in told
+
+
+def test_a_grid_is_no_recipe_and_the_reverse():
+    grid, recipe = GRIDS / "s1.yaml", shipped()["quickstart"]
+    assert refusal(grid) == f"{grid}: is a grid of runs: cutnmix reproduce {grid}"
+    with pytest.raises(ConfigError, match=f"^{recipe}: is the recipe of one run: cutnmix train {recipe}$"):
+        load_grid(str(recipe))

@@ -523,6 +523,24 @@ def test_a_name_of_several_classes_selects_none_of_them(tree):
     assert str(refused.value) == "data.classes: several classes are called 'crane': say which by index, 0, 2"
 
 
+def absent(root, download):
+    return Path("/proc/none/images.npy").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (lambda root, download: 3, r"DATASETS\['mine'\] must return Splits of two Dataset, got 3$"),
+        (lambda root, download: Splits(None, None), r"must return Splits of two Dataset, got Splits\(train=None"),  # pyright: ignore[reportArgumentType]
+        (absent, r"mine cannot be read: .*No such file or directory: '/proc/none/images\.npy'$"),
+    ],
+)
+def test_a_data_set_of_ones_own_that_is_none_is_told_of(made, told, monkeypatch):
+    monkeypatch.setitem(DATASETS, "mine", made)
+    with pytest.raises(DataError, match=rf"^data\.name: .*{told}"):
+        load_splits("mine")
+
+
 def test_unknown_data_set_is_refused_with_the_nearest():
     with pytest.raises(DataError, match=r"data.name: 'cifar' is none of cifar10, .*; the nearest is 'cifar10'"):
         load_splits("cifar")

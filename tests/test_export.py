@@ -28,7 +28,7 @@ from cutnmix.trainer import export as exporter
 from cutnmix.trainer.build import build
 from cutnmix.trainer.config import load_config
 from cutnmix.trainer.export import Ensemble, export
-from cutnmix.trainer.folder import RunFolder
+from cutnmix.trainer.folder import RunError, RunFolder
 
 SIZE = ["data.classes=4", "data.images_per_class=12", "batch_size=8", "epochs=2", "device=cpu", "loader=resident"]
 RUNS = {
@@ -380,6 +380,10 @@ def test_a_file_is_whole_or_as_it_was(copy, command, monkeypatch, tmp_path):
         patched.setattr(os, "fsync", killed)
         export(copy.path, "safetensors", "0", out)
     assert out.read_text() == "before"
+
+    with monkeypatch.context() as patched, pytest.raises(RunError, match=r"^/proc/none cannot be written: No such"):
+        patched.setattr(exporter, "load_peers", lambda *_: pytest.fail("loaded"))
+        export(copy.path, "safetensors", "0", Path("/proc/none/x.safetensors"))
 
     out.unlink()
     out.mkdir()

@@ -11,7 +11,15 @@ import yaml
 from filelock import FileLock
 
 from cutnmix.trainer.config import Config, ConfigError, load_config
-from cutnmix.trainer.folder import Position, RunError, RunFolder, same_but_seed, write_atomically
+from cutnmix.trainer.folder import (
+    Position,
+    RunError,
+    RunFolder,
+    Taken,
+    expect_writable,
+    same_but_seed,
+    write_atomically,
+)
 
 HOLD = """
 import sys, time
@@ -75,8 +83,32 @@ def test_a_configuration_that_is_no_text_is_named(folder):
 def test_a_folder_that_cannot_be_made_is_named(folder):
     folder.path.parent.mkdir()
     folder.path.write_text("a file")
-    with pytest.raises(RunError, match=f"{folder.path}: File exists"), folder.locked():
+    with pytest.raises(RunError, match=f"^runs, name: {folder.path} cannot be made: File exists"), folder.locked():
         pass
+
+
+def test_what_would_be_refused_later_is_refused_at_once_and_leaves_nothing(folder, monkeypatch):
+    folder.expect_free()
+    assert not folder.path.exists()
+    with folder.locked(), pytest.raises(Taken, match="in use by another process"):
+        RunFolder(folder.path).expect_free()
+    folder.expect_free()
+    folder.begin(config())
+    kept = {path.name for path in folder.path.iterdir()}
+    folder.expect_free()
+    assert {path.name for path in folder.path.iterdir()} == kept
+    with pytest.raises(RunError, match=r"^runs, name: /proc/none/mine cannot be made: No such file or directory$"):
+        RunFolder(Path("/proc/none/mine")).expect_free()
+
+
+def test_a_folder_is_written_to_before_what_takes_long(tmp_path):
+    expect_writable(tmp_path / "new" / "one")
+    assert [*(tmp_path / "new" / "one").iterdir()] == []
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=f"{tmp_path / 'file'} cannot be written: File exists"):
+        expect_writable(tmp_path / "file")
+    with pytest.raises(RunError, match="/proc/none cannot be written: No such file or directory"):
+        expect_writable(Path("/proc/none"))
 
 
 # One run

@@ -151,6 +151,8 @@ def test_networks_of_the_libraries_that_are_refused(name, reason):
     ("name", "near"),
     [
         ("resnt20", "resnet20"),
+        ("resnet21", "resnet20"),
+        ("resnet111", "resnet110"),
         ("resnet33", "resnet32"),
         ("resnet56", "resnet56_basic"),
         ("torchvision.resnet51", "torchvision.resnet"),

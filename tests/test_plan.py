@@ -635,4 +635,4 @@ def test_rows_that_are_moved_apart_are_the_same_rows(rows, shape, dtype):
     moved = []
     apart = _in_rows(field, lambda rows: moved.append(rows) or rows.clone())
     assert torch.equal(apart, field) and len(moved) == 1 and moved[0].is_contiguous()
-    assert apart.dtype == dtype and apart.stride(0) * field.element_size() % 16 == 0
+    assert apart.dtype == dtype and (rows < 2 or apart.stride(0) * field.element_size() % 16 == 0)

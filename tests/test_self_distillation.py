@@ -518,6 +518,15 @@ def test_a_file_is_one_peer_and_may_lie_at_home(tmp_path, monkeypatch):
         build("kd", teacher="~/x.safetensors", teacher_peer=7)
 
 
+@pytest.mark.parametrize("name", ["kd", "tf_kd"])
+def test_a_teacher_is_found_from_any_working_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keys = [f"method={name}", "mix=none", "method.teacher=runs/one"]
+    method = load_config("quickstart", keys + ["method.variant=self"] * (name == "tf_kd")).method
+    assert method["teacher"] == str(tmp_path / "runs/one")
+    assert load_config("quickstart", ["method=kd", "mix=none"]).method["teacher"] == ""
+
+
 # What is refused, what is not
 
 

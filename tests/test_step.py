@@ -76,6 +76,17 @@ def weights(learner: Learner) -> dict[str, Tensor]:
     return {f"{part}.{name}": p.detach().clone() for part, m in parts.items() for name, p in m.named_parameters()}
 
 
+@pytest.mark.parametrize("loader", ["dali", "resident"])
+def test_a_batch_may_be_larger_than_any_data(loader):
+    """DALI takes no batch size that does not fit into 32 bits."""
+    keys = [f"{key}={3_000_000_000}" for key in ("batch_size", "eval_batch_size")]
+    parts = parts_of(f"loader={loader}", *keys, "method=cs_kd", "mix=none")
+    ((views, _),) = batches(parts)
+    (test,) = parts.test_loader.epoch(parts.test_plan())
+    assert views.label_B.shape == (2 * 24,) and len(test.label_B) == len(parts.splits.test)
+    parts.close()
+
+
 # The same by hand
 
 

@@ -148,7 +148,7 @@ def build(config: Config, mesh: Mesh = ONE, test: TestImages = "test") -> Parts:
             distort,
             setting.device,
             num_views=num_views,
-            batch_size=batch_size,
+            batch_size=min(batch_size, 2 * len(split)),  # all, and their second views
             num_threads=config.loader.threads or default_threads(split, setting.device),
             prefetch=config.loader.prefetch,
         )

@@ -17,7 +17,7 @@ from cutnmix.models.cost import blueprint, cost, made_for, parameters, source
 from cutnmix.pipeline.datasets import DataError, TestImages
 from cutnmix.trainer.config import ConfigError, load_config
 from cutnmix.trainer.display import Display
-from cutnmix.trainer.folder import RunError, RunFolder, Stopped, name_of
+from cutnmix.trainer.folder import RunError, RunFolder, Stopped, expect_writable, name_of
 from cutnmix.trainer.mesh import LostError, leave_it_to_the_first
 from cutnmix.trainer.options import Network
 
@@ -87,6 +87,8 @@ def compare(
     from cutnmix.trainer import compare as comparison
 
     test = _test_images(on)
+    if csv:
+        expect_writable(csv.parent)
     compared = comparison.compare(
         runs, best=best, test=test, over_seeds=over_seeds, keep=keep, root=root, device=device
     )

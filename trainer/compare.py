@@ -26,7 +26,16 @@ import numpy as np
 
 from cutnmix.pipeline.datasets import TestImages
 from cutnmix.trainer.config import Config
-from cutnmix.trainer.folder import RunError, RunFolder, csv_text, name_of, same, same_but_seed, write_atomically
+from cutnmix.trainer.folder import (
+    RunError,
+    RunFolder,
+    csv_text,
+    expect_writable,
+    name_of,
+    same,
+    same_but_seed,
+    write_atomically,
+)
 from cutnmix.trainer.predicted import Predicted, predict_run, read, write
 from cutnmix.trainer.run import saved
 
@@ -90,6 +99,8 @@ def compare(
     Raises: RunError, before anything is scored, unless all runs have checkpoints, keys that say the same of the images,
         and seeds of their own in a group; then where the images prove to be others.
     """
+    if absent := [run for run in runs if run.suffix == ".safetensors" and not os.path.exists(run)]:
+        raise RunError(f"{absent[0]} is not there")
     files = {run: read(run) for run in runs if os.path.isfile(run)}
     configs = {run: files[run].config if run in files else RunFolder(run).read_config() for run in runs}
     _check(files, configs, best, test, keep)
@@ -150,6 +161,8 @@ def _check(
             raise RunError(f"--keep: {other} and {run} would both be {_kept(keep, run)}; keep them in two folders")
         if keep and (kept := _kept(keep, run)).is_file():
             _check_kept(kept, run, config, best, test)
+    if keep:
+        expect_writable(keep)
 
 
 def _check_kept(kept: Path, run: Path, config: Config, best: bool, test: TestImages) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from cutnmix.configs import shipped
@@ -32,11 +32,21 @@ class _Group(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _without_nul(path: Any) -> Any:
+    if "\0" in str(path):
+        raise ValueError("no file can have a name with a null character")
+    return path
+
+
+_can_name_a_file = AfterValidator(_without_nul)
+PathName = Annotated[Path, _can_name_a_file]
+
+
 class Data(_Group):
     """Which images."""
 
     name: str = "cifar100"  # an entry of cutnmix.pipeline.datasets.DATASETS
-    root: Path | None = None
+    root: PathName | None = None
     classes: Annotated[int, Field(ge=2)] | list[int | str] | None = None
     images_per_class: Annotated[int, Field(ge=1)] | None = None
     download: bool = True
@@ -159,8 +169,10 @@ def _refuse_stray(group: str, values: BaseModel, keys: set[str], under: str) -> 
 class Config(_Group):
     """All of a run. The defaults are the paper's recipe."""
 
-    name: str | None = None  # the run's folder under `runs`; None: made from the keys that tell runs apart
-    runs: Path = Path("runs")
+    name: Annotated[str, _can_name_a_file] | None = (
+        None  # the run's folder under `runs`; None: made from the keys that tell runs apart
+    )
+    runs: PathName = Path("runs")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 95
     epochs: Annotated[int, Field(ge=1)] = 240
     batch_size: Annotated[int, Field(ge=1)] = 64
@@ -241,9 +253,10 @@ _DROP_ON_RENAME = ("mix", "method", "schedule")
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The Config of a YAML file, or of a shipped recipe by name, with KEY=VALUE overrides applied in order.
 
-    Keys are dotted paths (`optimizer.lr=0.1`), values YAML. A bare name at data, loader, mix, method or schedule sets
-    its `name` (`method=dml`), and `method.name=dml` says the same. Of the file's keys those go that have a meaning only
-    under the name that it gave: those of its method, mix or schedule, and the distortions of its kind of images.
+    Keys are dotted paths (`optimizer.lr=0.1`), values YAML; `mix={alpha: 0.5}` is `mix.alpha=0.5`. A bare name at data,
+    loader, mix, method or schedule sets its `name` (`method=dml`), and `method.name=dml` says the same. Of the file's
+    keys those go that have a meaning only under the name that it gave: those of its method, mix or schedule, and the
+    distortions of its kind of images.
 
     Raises:
         ConfigError: naming the key, where it was set, and what is allowed.
@@ -255,11 +268,13 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping of keys, such as `epochs: 240`")
+    if {"rows", "seeds"} <= tree.keys():
+        raise ConfigError(f"{path}: is a grid of runs: cutnmix reproduce {source}")
     for group in (*_KEEP_ON_RENAME, *_DROP_ON_RENAME):
         if isinstance(tree.get(group), str):
             tree[group] = {"name": tree[group]}
     named = _data_named(tree)
-    overridden = [_override(tree, text) for text in overrides]
+    overridden = [key for text in overrides for key in _override(tree, text)]
     if (name := _data_named(tree)) != named:
         _leave_distortions(tree, name, overridden)
     peers = tree.get("peers")
@@ -292,8 +307,11 @@ def read_yaml(text: str) -> Any:
     """What a YAML text says. Raises: YAMLError, also for a key that stands twice, of which YAML keeps the last."""
     try:
         return yaml.load(text, _Once)
-    except ValueError as error:  # such as the 30th of February
-        raise yaml.YAMLError(str(error)) from error
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise yaml.YAMLError(f"{line}{error.problem}") from error
+    except (yaml.YAMLError, ValueError) as error:  # such as the 30th of February
+        raise yaml.YAMLError(" ".join(str(error).split())) from error
 
 
 class _Once(yaml.SafeLoader):
@@ -359,7 +377,11 @@ def _import(tree: Any, origin: Callable[[str], str]) -> None:
     for name in names:
         try:
             importlib.import_module(name)
-        except Exception as error:  # it is anybody's code
+        except (Exception, SystemExit) as error:  # it is anybody's code
+            if name.endswith(".py") or "/" in name or name.startswith("."):
+                raise ConfigError(
+                    f"imports ({origin('imports')}): write the name of a module, such as my_methods, not {name!r}"
+                ) from error
             raise ConfigError(
                 f"imports ({origin('imports')}): {name!r} cannot be imported ({type(error).__name__}: {error}); "
                 f"modules are looked for in {Path.cwd()} and where Python finds its packages"
@@ -439,15 +461,23 @@ def _find(source: str | Path) -> Path:
     raise ConfigError(f"{source}: neither a YAML file nor a shipped recipe ({', '.join(recipes)}){hint}")
 
 
-def _override(tree: dict[str, Any], text: str) -> str:
-    """Apply one KEY=VALUE to the tree; returns the key that it set."""
+def _override(tree: dict[str, Any], text: str) -> list[str]:
+    """Apply one KEY=VALUE to the tree; returns the keys that it set."""
     key, equals, value = text.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise ConfigError(f"{text}: write KEY=VALUE, such as epochs=10 or optimizer.lr=0.1")
     try:
         parsed = read_yaml(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"{text}: the value is not YAML: {error}") from error
+    return _set(tree, key, parsed, text)
+
+
+def _set(tree: dict[str, Any], key: str, parsed: Any, text: str) -> list[str]:
+    """A group of keys is set key by key, its name first."""
+    if isinstance(parsed, dict) and (key == "method" or _fields_at(key.split("."))):
+        parts = sorted(parsed, key=lambda part: part != "name")
+        return [one for part in parts for one in _set(tree, f"{key}.{part}", parsed[part], text)]
     if isinstance(parsed, str) and key.removesuffix(".name") in (*_KEEP_ON_RENAME, *_DROP_ON_RENAME):
         key = key.removesuffix(".name")  # method.name=dml is method=dml
     *groups, last = key.split(".")
@@ -465,7 +495,7 @@ def _override(tree: dict[str, Any], text: str) -> str:
         tree[key] = {**(group if isinstance(group, dict) else {}), "name": parsed}
     else:
         node[last] = parsed
-    return key
+    return [key]
 
 
 def _checked_method(
@@ -473,6 +503,8 @@ def _checked_method(
 ) -> dict[str, Any]:
     """The method's keys, complete with defaults, checked against its constructor's signature."""
     name = method.get("name")
+    if name is None:
+        raise ConfigError(f"method ({origin('method')}): name is missing; allowed: {', '.join(METHODS)}")
     if not isinstance(name, str) or name not in METHODS:
         own = "" if imports else "; one of your own? name its module in imports"
         raise ConfigError(

@@ -1,5 +1,6 @@
 """What a run shows: a live bar on a terminal, a line an evaluation anywhere else."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,25 @@ from cutnmix.trainer.folder import RunFolder
 from cutnmix.trainer.metrics import OVER_PEERS, Scores, is_peer, peer_names
 
 
+class _Console(Console):
+    """Falls silent where nobody reads any more, a closed pipe or a full disk: all that a run tells is in its folder."""
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        try:
+            super().print(*objects, **how)
+        except OSError:
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        with suppress(SystemExit):
+            super().on_broken_pipe()
+
+
 class Display:
     """Owns the console. On a terminal: epoch, step, images/s, loss parts and ETA, live; elsewhere no bar at all."""
 
     def __init__(self, console: Console | None = None):
-        self.console = console or Console(highlight=False, markup=False, emoji=False)  # a path is shown as it is
+        self.console = console or _Console(highlight=False, markup=False, emoji=False)  # a path is shown as it is
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._epochs = 0

@@ -35,7 +35,7 @@ from cutnmix.pipeline.laws import Distort
 from cutnmix.trainer.build import Parts, load_data
 from cutnmix.trainer.checkpoint import load, load_peers
 from cutnmix.trainer.config import Config, ConfigError
-from cutnmix.trainer.folder import Position, RunError, RunFolder, write_atomically
+from cutnmix.trainer.folder import Position, RunError, RunFolder, expect_writable, write_atomically
 
 
 class Facts(NamedTuple):
@@ -123,6 +123,7 @@ def export(run: Path, format: str, peer: str, out: Path | None = None, checkpoin
     state = load(path, torch.device("cpu"))
     j = _choose(folder, config.peers.count, peer, Position(*state["position"]) if checkpoint == "best" else None)
 
+    expect_writable(out.parent if out else folder.path / "export")
     facts = _facts(folder, config)
     form, networks = config.peers.form, config.peers.networks
     try:

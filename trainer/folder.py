@@ -21,6 +21,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import yaml
@@ -88,6 +89,22 @@ class RunFolder:
         if changed:
             raise RunError(f"{self.path} was started with other keys: {'; '.join(changed)}; {otherwise}")
 
+    def expect_free(self) -> None:
+        """Raise what `locked` would, before what takes long, and leave nothing."""
+        there = next(path for path in (self.path, *self.path.parents) if path.exists())
+        if there == self.path:
+            with self.locked():
+                return
+        with self._made(), TemporaryFile(dir=there):
+            pass
+
+    @contextlib.contextmanager
+    def _made(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"runs, name: {self.path} cannot be made: {error.strerror}") from error
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder; the lock dies with the process, however it ends.
@@ -96,10 +113,8 @@ class RunFolder:
             Taken: another process holds it.
             RunError: it cannot be made.
         """
-        try:
+        with self._made():
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"{self.path}: {error.strerror}") from error
         lock = FileLock(self.path / ".lock")
         try:
             lock.acquire(timeout=0)
@@ -148,20 +163,22 @@ class RunFolder:
     def records(self, kind: str = "") -> list[dict[str, Any]]:
         """All complete lines of metrics.jsonl (a kill can cut the last one short), or those of one kind.
 
-        Raises: RunError that names a line that is no JSON.
+        Raises: RunError that names a line that is no record.
         """
         if not self.metrics.exists():
             return []
-        text = self.metrics.read_text()
+        text = self.metrics.read_text(errors="replace")
         lines = text[: text.rfind("\n") + 1].splitlines()
         begin = f'{{"kind": "{kind}"' if kind else ""  # so that the others, which are far more, need not be parsed
         records = []
         for number, line in enumerate(lines, 1):
             if line.startswith(begin):
                 try:
-                    records.append(json.loads(line))
-                except ValueError as error:
+                    record = json.loads(line)
+                    _ = record["kind"], record["epoch"], record["step"]
+                except (ValueError, LookupError, TypeError) as error:
                     raise RunError(f"{self.metrics}: line {number} is damaged ({error}); remove it") from error
+                records.append(record)
         return records
 
     def rewind(self, position: Position, global_step: int) -> list[dict[str, Any]]:
@@ -212,6 +229,14 @@ def written(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def expect_writable(folder: Path) -> None:
+    """Make the folder, and see whether a file can be in it: before what takes long. Raises: RunError."""
+    with written(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -1,10 +1,11 @@
 """The contract between a method and the rest: what it may ask for, what it is built for, what it answers."""
 
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from cutnmix.models.peers import Outputs, Peers
@@ -19,6 +20,7 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]  # neither none nor all
 Size = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]  # counted from 0
+RunPath = Annotated[str, AfterValidator(lambda path: path and os.path.abspath(os.path.expanduser(path)))]
 
 
 class Needs(NamedTuple):

@@ -58,11 +58,17 @@ def _train(config: Config, mesh: Mesh, display: Display, stop: list[int] | None)
     if not mesh.first:
         display = Display(Console(quiet=True))
     folder = RunFolder(config.folder)
-    _on_first(mesh, lambda: folder.check(config))
+
+    def refuse() -> None:
+        folder.check(config)
+        folder.expect_free()
+
+    _on_first(mesh, refuse)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not deterministic without it
     torch.use_deterministic_algorithms(config.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    # Nothing here reads what it has not written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.manual_seed(config.seed + (mesh.rank << 32))  # peers and images of different processes: other dropout
     parts = build(config, mesh)
@@ -213,11 +219,11 @@ class _Run:
         record = {"kind": "test", "epoch": done, "step": self.global_step, "scores": scores}
         flat = {f"test/{key}/{name}": value for name, score in scores.items() for key, value in score.items()}
         self._record(record, flat)
-        self.display.scores(done, scores)
         if scores["mean"]["top1"] > self.best_top1:
             self.best_top1 = scores["mean"]["top1"]
             if self.config.checkpoint.best:
                 self._save(self.folder.best)
+        self.display.scores(done, scores)
 
     def _record(self, record: dict[str, Any], scalars: dict[str, float]) -> None:
         if not self.writer:

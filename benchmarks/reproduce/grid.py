@@ -182,6 +182,8 @@ def load_grid(name: str) -> Grid:
         tree = read_yaml(path.read_text())
         if not isinstance(tree, dict):
             raise ConfigError(f"{path}: must be a mapping of the keys {', '.join(Grid.model_fields)}")
+        if "rows" not in tree and tree.keys() & {"method", "peers"}:
+            raise ConfigError(f"{path}: is the recipe of one run: cutnmix train {name}")
         return Grid.model_validate({"name": name if shipped else path.stem, **tree})
     except ValidationError as error:
         lines = (f"{path}: {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())

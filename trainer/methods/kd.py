@@ -10,7 +10,8 @@ HobbitLong/RepDistiller and its tables. Readings:
 - The teacher is in eval mode: its batch norms use what they learned, whatever the batch. It never changes.
 - Where each peer has views of its own, the teacher answers each of them: V forwards.
 - It must tell the same classes apart, in the same order, and have learned pixels normalised alike: use one data set.
-- Its weights are in every checkpoint, but its file is read again when the run is resumed or evaluated.
+- Its weights are in every checkpoint, but its file is read again, from the same place, when the run is resumed or
+  evaluated.
 """
 
 import os
@@ -23,7 +24,7 @@ from cutnmix.models.peers import Outputs, Peers
 from cutnmix.models.saved import Frozen, load_network, network_name
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import at_least_float32, cross_entropy, kl
-from cutnmix.trainer.method import Fraction, Index, Needs, Task, Temperature
+from cutnmix.trainer.method import Fraction, Index, Needs, RunPath, Task, Temperature
 
 
 class KD(nn.Module):
@@ -40,7 +41,7 @@ class KD(nn.Module):
         self,
         task: Task,
         *,
-        teacher: str = "",
+        teacher: RunPath = "",
         teacher_peer: Index = 0,
         temperature: Temperature = 4.0,
         alpha: Fraction = 0.9,

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer.losses import cross_entropy, kl, log_probs
-from cutnmix.trainer.method import Fraction, Index, Needs, NotNegative, Share, Task, Temperature
+from cutnmix.trainer.method import Fraction, Index, Needs, NotNegative, RunPath, Share, Task, Temperature
 from cutnmix.trainer.methods.kd import load_teacher, teacher_logits
 
 
@@ -78,7 +78,7 @@ class TfKD(nn.Module):
         multiplier: NotNegative = 1.0,
         correct: Share = 0.99,
         formula: Literal["code", "paper"] = "code",
-        teacher: str = "",
+        teacher: RunPath = "",
         teacher_peer: Index = 0,
     ) -> None:
         super().__init__()
