@@ -37,6 +37,13 @@ def small(num_classes: int) -> Network:
     return Network(nn.Sequential(nn.AvgPool2d(2), net.trunk), net.branch, net.trunk_dim)
 
 
+def dropping(num_classes: int) -> Network:
+    """`small` with a network's only draws while it trains: dropout before its head."""
+    net = small(num_classes)
+    net.branch.head = nn.Sequential(nn.Dropout(0.5), net.branch.head)
+    return net
+
+
 TINY = {"tiny": tiny, "tiny_wide": lambda num_classes: tiny(num_classes, 2 * D)}
 
 

@@ -298,6 +298,11 @@ def test_p_is_the_probability_that_a_batch_is_mixed():
     assert stats.binomtest(int(mixed.sum()), 1000, 0.5).pvalue > 0.01
 
 
+def test_the_gate_is_no_part_of_the_law_of_lam():
+    lam = drawn_lams(3000, p=0.5, box_rule="clip_nominal")
+    assert stats.kstest(lam[lam < 1].numpy(), stats.uniform.cdf).pvalue > 0.01
+
+
 @pytest.mark.parametrize("alpha", [0.4, 1.0, 3.0])
 def test_lam_is_a_beta_draw(alpha):
     lam = drawn_lams(1500, alpha=alpha, box_rule="clip_nominal")

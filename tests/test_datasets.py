@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import pickle
 import shutil
 import socket
@@ -24,6 +25,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
+from cutnmix.pipeline import datasets
 from cutnmix.pipeline.datasets import DATASETS, DataError, Dataset, Splits, load_splits
 
 FILES = ["data_batch_1", "data_batch_2", "test_batch", "batches.meta"]
@@ -147,6 +149,21 @@ def test_arrays_suit_torch(root):
         assert data.images.flags.c_contiguous
         torch.from_numpy(data.images)  # would warn, here fail, if the array were read-only
         torch.from_numpy(data.labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        ("cifar100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    ],
+)
+def test_pixels_are_normalised_as_in_the_lineage(name, mean, std, monkeypatch):
+    """By the deviations of all training pixels, not by (0.2023, 0.1994, 0.2010), which much public code has."""
+    told = []
+    monkeypatch.setattr(datasets, "_cifar", lambda *given: told.append(given[-2:]))
+    DATASETS[name](None, False)
+    assert told == [(mean, std)]
 
 
 # CIFAR in small: wrong files
@@ -626,6 +643,13 @@ def test_a_digest_of_files_is_that_of_their_copies_elsewhere(tree, tmp_path):
     there.files[0].unlink()
     with pytest.raises(DataError, match=f"{there.files[0]}: No such file"):
         there.digest()
+
+
+def test_a_file_of_the_same_size_but_another_time_is_another_image(tree):
+    train = load_splits("folder", tree).train
+    before, facts = train.identities(), train.files[0].stat()
+    os.utime(train.files[0], ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
+    assert (train.identities() != before).tolist() == [True] + [False] * (len(train) - 1)
 
 
 @pytest.mark.parametrize("name", sorted(DATASETS.keys() - {"digits", "digits16"}))

@@ -160,6 +160,21 @@ def test_keys_that_change_no_number_are_free(free, folder):
     folder.check(config("resume=auto", free))
 
 
+HELD = [
+    "seed=1", "epochs=13", "batch_size=16", "eval_batch_size=100", "views=shared", "mix.alpha=0.5", "method.alpha=0.5",
+    "data.classes=4", "data.images_per_class=20", "distort.pad=1", "peers.network=resnet32", "peers.count=3",
+    "optimizer.weight_decay=0.1", "optimizer.accumulate=2", "schedule.warmup_epochs=2", "precision=fp32",
+    "channels_last=false", "deterministic=true", "eval_every=2", "imports=[json]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_every_other_key_is_held(held, folder):
+    folder.begin(config())
+    with pytest.raises(RunError, match=f"was started with other keys: {held.partition('=')[0]}"):
+        folder.check(config("resume=auto", held))
+
+
 def test_a_tilde_in_the_place_of_runs_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ann")
     assert config("runs=~/runs", "name=run").folder == Path("/home/ann/runs/run")

@@ -188,6 +188,7 @@ def test_shards_without_names_of_classes_have_numbers(roots, tmp_path):
         ("{a-{01,02},b-{7..7}}.tar", ["a-01.tar", "a-02.tar", "b-7.tar"]),
         ("b-?.tar", ["b-7.tar"]),
         ("{a,b}-*.tar", ["a-00.tar", "a-01.tar", "a-02.tar", "b-7.tar"]),
+        ("{a-00,a-*}.tar", ["a-00.tar", "a-01.tar", "a-02.tar"]),  # what fits twice is there once
     ],
 )
 def test_patterns_of_shards(pattern, names, tmp_path):

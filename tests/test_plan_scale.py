@@ -90,6 +90,12 @@ def test_one_device_exchanges_nothing():
     assert found.step_s == found.least_s == 4 * (0.5 + 8 * 0.25)
 
 
+@pytest.mark.parametrize(("axis", "mesh"), [("data", scale.Mesh(2, 1)), ("peer", scale.Mesh(1, 2))])
+def test_on_one_axis_all_meet_over_its_own_link(axis, mesh):
+    alone = scale.predict(JOB, mesh, SINGLE, {axis: LINKS[axis]})
+    assert alone == scale.predict(JOB, mesh, SINGLE, LINKS)
+
+
 @METHOD
 def test_what_the_peer_axis_exchanges_does_not_depend_on_J(method):
     for mesh in MESHES:

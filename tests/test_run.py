@@ -1,4 +1,4 @@
-"""The loop around the steps: what it saves and when, what it refuses to save, and what it says of a run's starts."""
+"""The loop around the steps: its draws and rates, what it saves and when and refuses to, what it says of a run."""
 
 import itertools
 import json
@@ -43,8 +43,9 @@ TINY = [
 
 
 @pytest.fixture(autouse=True)
-def small_network(monkeypatch):
-    monkeypatch.setitem(NETWORKS, "small", tasks.small)
+def small_networks(monkeypatch):
+    for name in ("small", "dropping"):
+        monkeypatch.setitem(NETWORKS, name, getattr(tasks, name))
 
 
 @pytest.fixture
@@ -76,6 +77,35 @@ def stop_at(monkeypatch) -> Iterator:
     return at
 
 
+def test_the_rate_of_each_step_is_the_schedules(train, tmp_path):
+    """Milestones count from the run's beginning: the second epoch's first step is the first that is slower."""
+    train("log_every=1", "optimizer.lr=0.5", "schedule=step", "schedule.milestones=[1]")
+    rates = [record["lr"] for record in RunFolder(tmp_path / "run").records("train")]
+    assert rates == pytest.approx([0.5] * 5 + [0.05] * 5)
+
+
+def test_every_epoch_has_its_own_plan_and_time(train, monkeypatch):
+    seen, real = [], Step.train
+
+    def step(self, learner, views, draws, *args, **kwargs):
+        seen.append((draws.index_B, draws.epoch.item()))
+        real(self, learner, views, draws, *args, **kwargs)
+
+    monkeypatch.setattr(Step, "train", step)
+    train()
+    first, second = (torch.cat([index_B for index_B, _ in seen[start : start + 5]]).tolist() for start in (0, 5))
+    assert first != second and sorted(first) == sorted(second) == [*range(100)]
+    assert [epoch for _, epoch in seen] == [e + s / 5 for e in range(2) for s in range(5)]
+
+
+def test_torch_is_seeded_by_the_run_and_deterministic_where_that_is_asked_for(train, monkeypatch):
+    asked, seeds, real = [], [], run.build
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(run, "build", lambda *given: seeds.append(torch.initial_seed()) or real(*given))
+    train("seed=7", "epochs=1", "deterministic=true")
+    assert (seeds, asked) == ([7], [True])
+
+
 def saved_at(monkeypatch) -> list[Position]:
     """The positions of last.pt, as they are saved."""
     positions, real = [], checkpoint.save
@@ -100,6 +130,68 @@ def test_it_saves_once_so_many_steps_are_done(keys, steps, train, monkeypatch):
     positions = saved_at(monkeypatch)
     train(*keys)
     assert [5 * epoch + step for epoch, step in positions] == steps
+
+
+def last_state(folder: Path) -> dict:
+    return checkpoint.load(RunFolder(folder).last, torch.device("cpu"))
+
+
+def test_what_draws_goes_on_with_the_draws_of_an_uninterrupted_run(train, stop_at, tmp_path):
+    keys = ("peers.network=dropping", "precision=fp32")
+    train(*keys, "name=straight")
+    stop_at(7)
+    with pytest.raises(Stopped):
+        train(*keys)
+    torch.rand(5)  # whatever this process draws meanwhile
+    train(*keys)
+    run, straight = (last_state(tmp_path / name)["learner"]["peers"] for name in ("run", "straight"))
+    torch.testing.assert_close(run, straight, rtol=0, atol=0)
+
+
+def test_losses_that_were_summed_up_before_a_stop_are_in_the_next_record(train, stop_at, tmp_path):
+    """Logged after steps 2 and 4 of an epoch, stopped after its third."""
+    train("name=straight", "precision=fp32")
+    stop_at(8)
+    with pytest.raises(Stopped):
+        train("precision=fp32")
+    train("precision=fp32")
+    run, straight = (
+        [(record["step"], record["loss"], record["top1"]) for record in RunFolder(tmp_path / name).records("train")]
+        for name in ("run", "straight")
+    )
+    assert run == straight
+
+
+def score_as(monkeypatch, *top1: float) -> None:
+    """One evaluation after the other finds these."""
+    left = iter(top1)
+
+    def score(*_, **__) -> dict:
+        found = {"top1": next(left), "top5": 99.0, "nll": 1.0, "ece": 1.0}
+        return dict.fromkeys(("peer0", "mean", "best_peer", "ensemble"), found)
+
+    monkeypatch.setattr(run, "score", score)
+
+
+def best_position(folder: Path) -> Position:
+    return Position(*checkpoint.load(RunFolder(folder).best, torch.device("cpu"))["position"])
+
+
+def test_best_pt_is_of_the_best_epoch_not_of_the_last(train, tmp_path, monkeypatch):
+    """Of two that are as good, the first."""
+    score_as(monkeypatch, 50.0, 70.0, 60.0, 70.0)
+    result = train("epochs=4", "checkpoint.best=true")
+    assert best_position(tmp_path / "run") == (1, 5)
+    assert (result["headline"]["top1"], result["best_epoch_on_test"]["epoch"]) == (70.0, 2)
+
+
+def test_a_resumed_run_remembers_its_best_epoch(train, stop_at, tmp_path, monkeypatch):
+    score_as(monkeypatch, 70.0, 60.0)
+    stop_at(7)
+    with pytest.raises(Stopped):
+        train("checkpoint.best=true")
+    train("checkpoint.best=true")
+    assert best_position(tmp_path / "run") == (0, 5)
 
 
 def test_weights_that_are_not_finite_are_not_saved(train, tmp_path, monkeypatch):
@@ -155,6 +247,18 @@ def test_the_time_until_a_signal_counts(train, stop_at, tmp_path):
     assert stopped["hours"] > 0
     train("log_every=50")
     assert folder.records("session")[1]["hours"] >= stopped["hours"]
+
+
+def test_second_views_are_no_images_of_the_rate(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(run._Timer, "read", lambda timer: float(timer.images))
+    train("method=cs_kd", "epochs=1", "log_every=5")
+    (record,) = RunFolder(tmp_path / "run").records("train")
+    assert record["images_per_s"] == 100
+
+
+def test_the_parameters_on_record_are_those_of_all_peers(train):
+    one, two = (train(f"peers.count={count}", "epochs=1", f"name=of{count}")["parameters"] for count in (1, 2))
+    assert two == 2 * one == 2 * sum(p.numel() for p in tasks.small(10).parameters())
 
 
 def test_a_run_without_a_scale_goes_on_in_fp16(train, stop_at, monkeypatch):

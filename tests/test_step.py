@@ -184,6 +184,16 @@ def test_the_step_takes_the_rate_it_is_given():
     torch.testing.assert_close({name: 2 * move for name, move in moved.items()}, twice, rtol=1e-3, atol=1e-6)
 
 
+def test_weight_decay_is_of_every_parameter_norms_and_biases_too():
+    """As in the lineage; the first update of Nesterov moves by lr (1 + momentum) times the gradient, decay included."""
+    plain, decayed = (parts_of("peers.network=normed", f"optimizer.weight_decay={decay}") for decay in (0, 0.5))
+    start = weights(plain.learner)
+    train(plain, 1), train(decayed, 1)
+    ours, less = weights(plain.learner), weights(decayed.learner)
+    taken, expected = {n: ours[n] - less[n] for n in start}, {n: LR * 1.9 * 0.5 * w for n, w in start.items()}
+    torch.testing.assert_close(taken, expected, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("losses", "told"),
     [
@@ -207,6 +217,37 @@ def test_a_loss_has_no_name_that_the_record_has_for_its_own(name, monkeypatch):
     monkeypatch.setattr(parts.learner.method, "forward", lambda *_: {"ce": torch.ones(()), name: torch.ones(())})
     with pytest.raises(RunError, match=f"^method: no loss of DML may be named {name}, as in the record$"):
         train(parts, 1)
+
+
+# What it is made of
+
+
+def test_the_seed_decides_data_and_weights_of_peers_and_method():
+    def made(seed: int) -> list[Tensor]:
+        parts = parts_of(f"seed={seed}")
+        modules, plan = [*parts.learner.peers.nets, parts.learner.method], parts.plan(0)
+        flat = [torch.cat([p.detach().flatten() for p in module.parameters()]) for module in modules]
+        return [plan.index_N, plan.crop_VN2, plan.lam_SL, *flat]
+
+    for one, same, other in zip(made(1), made(1), made(2), strict=True):
+        assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_drop_last_is_of_the_runs_plan():
+    counts = [len(parts_of("batch_size=10", f"drop_last={drop}").plan(0).index_N) for drop in ("false", "true")]
+    assert counts == [24, 20]
+
+
+def test_test_images_come_as_they_are():
+    parts = parts_of("distort.flip=1.0", "distort.cutout=4", "distort.rotation=20", "eval_batch_size=50")
+    plan, images = parts.test_plan(), torch.from_numpy(parts.splits.test.array)
+    made = torch.cat([views.image_VBCHW[0] for views in parts.test_loader.epoch(plan)])
+    assert torch.equal(made, images.permute(0, 3, 1, 2)) and plan.step(0).hole_VB4 is None
+
+
+def test_a_method_is_told_of_its_task():
+    method = parts_of("method=ps_kd", "mix=none", "epochs=7").learner.method
+    assert method.epochs == 7 and method.past_JNK.shape == (2, 24, 4)
 
 
 # Compiled
