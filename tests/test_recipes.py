@@ -50,6 +50,7 @@ def test_every_network_makes_a_step_with_cutnmix(network, precision):
     losses = tally.read()
     assert losses.keys() == {"ce", "dml", "mmd", "pt", "pt_ce", "total", "top1"}
     assert all(math.isfinite(loss) for loss in losses.values())
+    assert losses.pop("total") == pytest.approx(sum(loss for name, loss in losses.items() if name != "top1"))
     for (name, p), old in zip(parts.learner.peers.named_parameters(), before, strict=True):
         assert "momentum_buffer" in parts.learner.optimizer.state[p], name
         # MobileNet has shifts that a linear layer and a norm take out again: in bf16 their gradient may be exactly 0.
@@ -72,3 +73,27 @@ def test_the_rows_of_table_1_have_the_papers_recipe_but_for_their_method(recipe)
     for key in ("seed", "epochs", "batch_size", "data", "distort", "optimizer", "schedule", "loader", "precision"):
         assert getattr(row, key) == getattr(paper, key)
     assert row.peers.network == paper.peers.network
+
+
+RAMPED = {"temperature": 3, "ramp_epochs": 80}
+ROWS = {  # views, mix, peers, form, and the method's keys, those of its paper or its authors' code
+    "baseline": ("shared", "none", 1, "nets", {}),
+    "cutmix": ("shared", "cutmix", 1, "nets", {}),
+    "dml": ("shared", "none", 2, "nets", {"temperature": 1, "alpha": 1}),
+    "cs_kd": ("shared", "none", 1, "nets", {"temperature": 4, "weight": 1}),
+    "ddgsd": ("shared", "none", 1, "nets", {"temperature": 3, "kl_weight": 1, "mmd_weight": 5e-4}),
+    "kdcl": ("per_peer", "none", 2, "nets", {"variant": "mean", "temperature": 4, "weight": 0.5}),
+    "one": ("shared", "none", 2, "branches", RAMPED | {"weight": 1}),
+    "okddip": ("shared", "none", 3, "branches", RAMPED | {"weight": 1, "detach_logits": False}),
+    "pcl": ("per_peer", "none", 3, "branches", RAMPED | {"en_weight": 1, "mean_weight": 1, "decay": 0.999}),
+    "ps_kd": ("shared", "none", 1, "nets", {"alpha_T": 0.8}),
+    "tf_kd": ("shared", "none", 1, "nets", {"variant": "reg", "formula": "code", "correct": 0.99, "multiplier": 1}),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_rows_of_table_1_are_those_methods(name):
+    config, (views, mix, count, form, keys) = load_config(f"table1/{name}"), ROWS[name]
+    assert (config.views, config.mix.name, config.peers.count, config.peers.form) == (views, mix, count, form)
+    assert config.mix.probability == 1  # Algorithm 1 mixes every batch
+    assert config.method.items() >= keys.items() and config.method["name"] == {"cutmix": "baseline"}.get(name, name)

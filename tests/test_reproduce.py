@@ -311,6 +311,13 @@ def times(config) -> list[float]:
     return [*milestones, schedule.warmup_epochs, config.method.get("ramp_epochs", 0)]
 
 
+@pytest.mark.parametrize(
+    ("keys", "value", "every"), [([], 0.02, 1), ([], 0.1, 3), (["eval_every=40"], 0.1, 4), ([], 0.5, 12)]
+)
+def test_a_scaled_run_is_evaluated_as_often_as_before_but_at_most_ten_times(keys, value, every):
+    assert Scale(value).apply(load_config("paper", keys)).eval_every == every
+
+
 def test_cost_falls_with_the_square_of_the_scale():
     full = load_config("paper")
     for value in (0.1, 0.25, 0.5):
@@ -369,14 +376,26 @@ def test_a_teacher_costs_what_its_own_network_does_a_view(views, answers, tmp_pa
     assert estimate.work(config).train_flops == 2 * 50_000 * 240 * (3 * 3 + answers) * student
 
 
+MEASURED = [
+    "method=baseline", "peers.count=1", "mix=none", "peers.network=resnet20", "data.images_per_class=4", "batch_size=8",
+    "loader=resident", "epochs=1",
+]  # fmt: skip
+
+
 def test_a_measured_step_has_its_data_in_it(monkeypatch):
     read: list[int] = []
     batches = overview.batches
     monkeypatch.setattr(overview, "batches", lambda parts: (read.append(1) or batch for batch in batches(parts)))
-    keys = ["method=baseline", "peers.count=1", "mix=none", "peers.network=resnet20", "data.images_per_class=4"]
-    measured = estimate.measure(load_config("quickstart", [*keys, "batch_size=8", "loader=resident", "epochs=1"]))
+    measured = estimate.measure(load_config("quickstart", MEASURED))
     assert len(read) == 3 + estimate.STEPS  # prefetch + 1, not counted
     assert measured.seconds > 0
+
+
+def test_a_measured_rate_is_a_steps_flops_over_its_median_seconds(monkeypatch):
+    monkeypatch.setattr(estimate, "_timed", lambda step, most: [9.0, 2.0, 4.0][:most])
+    config = load_config("quickstart", MEASURED)
+    step_flops = estimate.work(config).train_flops / 40 * 8  # of 40 images
+    assert estimate.measure(config) == (4.0, pytest.approx(step_flops / 4.0))
 
 
 def test_branches_cost_less_than_networks():
@@ -397,6 +416,20 @@ def test_sizes_of_cifar_are_those_of_the_files(cifar_root):
     config = load_config("paper", ["data.classes=20", "data.images_per_class=250"])
     assert estimate.sizes(config) == (len(train), len(test), 20, (32, 32))
     assert len(load_splits("cifar100", cifar_root).train) == 100 * IMAGES_PER_CLASS["cifar100"]
+
+
+def test_what_is_left_of_a_run_is_what_its_last_record_has_not_reached(tmp_path):
+    config = load_config("quickstart", ["epochs=4", f"runs={tmp_path}", "name=run"])
+    folder = RunFolder(config.folder)
+    assert estimate.left(config) == 1
+    folder.begin(config)
+    folder.append({"kind": "train", "epoch": 0.5, "step": 5})
+    assert estimate.left(config) == 1  # without a checkpoint it begins anew
+    folder.last.touch()
+    folder.append({"kind": "train", "epoch": 1.0, "step": 10})
+    assert estimate.left(config) == 0.75
+    folder.result.touch()
+    assert estimate.left(config) == 0
 
 
 # The ledger
@@ -618,7 +651,8 @@ def test_a_grid_that_is_stopped_and_killed_goes_on_and_ends_as_if_it_had_not_bee
     assert process.wait() == 75
     assert "the same command goes on" in (tmp_path / "log").read_text()
     (baseline, _) = plan_grid(load_grid(str(path)), out=out)
-    assert state(baseline) == "cut off" and 0 < estimate.left(baseline.config) < 1
+    (stopped,) = RunFolder(out / RUNS[0]).records("stopped")
+    assert state(baseline) == "cut off" and estimate.left(baseline.config) == 1 - stopped["step"] / 10
     process = start_grid(path, out)
     wait_until(lambda: 3 <= steps_on_record(out / RUNS[1]), process)
     process.kill()

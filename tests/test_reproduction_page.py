@@ -19,7 +19,18 @@ from cutnmix.benchmarks.reproduce.findings import AGAINST, AGREES, LEANS, MIXED,
 from cutnmix.benchmarks.reproduce.grid import Grid, Planned, Row, load_grid, plan_grid, with_what_lies_there
 from cutnmix.benchmarks.reproduce.paper import Value, contradictions, load_table
 from cutnmix.benchmarks.reproduce.report import write
-from cutnmix.benchmarks.reproduce.results import Difference, Results, collect, pairs_in_order, ranks, value_of
+from cutnmix.benchmarks.reproduce.results import (
+    READINGS,
+    Difference,
+    Outcome,
+    Results,
+    Run,
+    collect,
+    paired,
+    pairs_in_order,
+    ranks,
+    value_of,
+)
 from cutnmix.trainer.config import ConfigError, load_config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunFolder
@@ -158,10 +169,17 @@ def test_a_page_has_the_notes_about_what_it_shows(maker):
 
 def results_of(maker: Maker, top1: dict[str, list[float]], scale: float = 1.0, grid: str = "table2") -> Results:
     """Rows of the grid's first network, a finished run for each accuracy."""
-    first = {"data": load_grid(grid).data[:1], "network": load_grid(grid).networks[:1]}
-    which, plan = maker.plan(grid, only={"method": list(top1), **first}, scale=scale)
+    return results_by_network(maker, {load_grid(grid).networks[0]: top1}, scale, grid)
+
+
+def results_by_network(
+    maker: Maker, top1: dict[str, dict[str, list[float]]], scale: float = 1.0, grid: str = "table1"
+) -> Results:
+    """The same of several networks, which have the same rows."""
+    only = {"data": load_grid(grid).data[:1], "network": list(top1), "method": list(next(iter(top1.values())))}
+    which, plan = maker.plan(grid, only=only, scale=scale)
     for planned in plan:
-        accuracies = top1[planned.cell.row.name]
+        accuracies = top1[planned.cell.network][planned.cell.row.name]
         if planned.seed - 95 < len(accuracies):
             maker.run(planned, accuracies[planned.seed - 95])
     return collect(which, plan, scale)
@@ -192,6 +210,14 @@ def test_cells_are_means_and_sample_deviations(maker):
     assert value_of([]) is value_of([None]) is None
 
 
+def test_a_cost_is_the_median_of_its_runs(maker):
+    grid, plan = maker.plan("table2", only={"method": ["cutnmix"]}, scale=0.02)
+    for planned, hours in zip(plan, (1.0, 9.0, 2.0), strict=True):
+        maker.run(planned, 70.0, hours=hours)
+    (cell,) = collect(grid, plan, 0.02).cells.values()
+    assert cell.cost("hours") == 2.0
+
+
 def test_runs_that_are_not_done_do_not_count(maker):
     grid, plan = maker.plan("table2", only={"method": ["cutnmix"]})
     maker.run(plan[0], 79.0)
@@ -220,6 +246,22 @@ def test_the_paired_test_is_that_of_scipy_and_needs_three_pairs(maker):
     expected = ttest_rel(one, other)
     low, high = expected.confidence_interval(0.95)
     assert difference == pytest.approx((np.mean(one) - np.mean(other), 3, expected.pvalue, low, high))
+
+
+def test_pairs_are_of_one_seed_wherever_it_stands():
+    def outcome(top1: dict[int, float]) -> Outcome:
+        ends = {seed: {"last_epoch": {"scores": {"mean": {"top1": value}}}} for seed, value in top1.items()}
+        runs = [Run(seed, 1, "done", [], end) for seed, end in ends.items()]
+        return Outcome("cifar100", "resnet20", Row(name="m", label="M", recipe="paper"), runs)
+
+    one, other = outcome({7: 50.0, 95: 70.0, 96: 75.0}), outcome({96: 73.0, 95: 71.0})
+    assert paired(one, other) == (pytest.approx((70 - 71 + 75 - 73) / 2), 2, None, None, None)
+    assert paired(outcome({7: 50.0}), other) is None
+
+
+def test_an_interval_is_told_from_low_to_high():
+    entry = sheets._difference(Difference(1.0, 3, 0.01, 0.5, 1.5))
+    assert (entry.text, entry.under) == ("+1.00", "+0.50 to +1.50")
 
 
 @pytest.mark.parametrize(
@@ -334,6 +376,13 @@ def test_sentences_are_no_stronger_than_n_allows(ours, verdict, says, maker):
     assert ("p\u00a0" in found.text) == (len(ours) > 2)
 
 
+def test_a_claim_is_not_settled_before_all_its_comparisons_are(maker):
+    """One network that is sure says nothing of the other."""
+    rows = {"vgg16": {"baseline": BASE, "cutnmix": [74.0, 74.6, 74.2]}, "vgg19": {"baseline": [], "cutnmix": []}}
+    found = claim(results_by_network(maker, rows, scale=0.02), "consistently improves")
+    assert found.verdict == LEANS and "Above in 1 of 1 comparison (1 more are not run yet)" in found.text
+
+
 def test_a_claim_that_holds_in_places_is_mixed_and_the_others_are_named(maker):
     top1 = {"baseline": [76.0], "dml": [75.0], "cutmix": [76.0], "ddgsd": [70.0], "kdcl": [72.0], "one": [73.0]}
     top1["cutnmix"] = [74.0]  # below two rows that are no distillation
@@ -349,6 +398,64 @@ def test_what_distils_is_all_that_the_method_is_held_against_in_s1(maker):
         LEANS,
         "Above in 1 of 1 comparison. CutnMix + MMD + PT over DML, CIFAR-100, resnet20: +0.60",
     )
+
+
+def about(results: Results, what: str):
+    (found,) = [finding for finding in findings(results) if finding.about == what]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict", "told"),
+    [
+        ((92.0, 93.0, 94.0), LEANS, "3 of 3"),
+        ((93.0, 92.0, 94.0), MIXED, "2 of 3"),
+        ((94.0, 93.0, 92.0), AGAINST, "0 of 3"),
+    ],
+)
+def test_orders_agree_mix_or_contradict(ours, verdict, told, maker):
+    """The paper's own order is baseline, DML, Ours."""
+    top1 = {name: [accuracy] for name, accuracy in zip(("baseline", "dml", "cutnmix"), ours, strict=True)}
+    found = about(results_of(maker, top1, 0.02, "table1"), "order")
+    assert found.verdict == verdict and f"{told} pairs of methods stand in the paper's order." in found.text
+
+
+@pytest.mark.parametrize(("n", "said"), [(1, True), (2, False)])
+def test_only_an_order_of_single_runs_may_be_chance(n, said, maker):
+    found = about(results_of(maker, {"baseline": BASE[:n], "cutnmix": BASE[:n]}, 0.02, "table1"), "order")
+    assert ("Some of these are one run" in found.text) == said
+
+
+@pytest.mark.parametrize(
+    ("dml", "ours", "verdict", "told"),
+    [(94.0, 94.5, LEANS, "2 of 2"), (93.0, 94.5, MIXED, "1 of 2"), (93.0, 93.2, AGAINST, "0 of 2")],
+)
+def test_gains_of_the_other_sign_are_named(dml, ours, verdict, told, maker):
+    found = about(results_of(maker, {"baseline": [93.5], "dml": [dml], "cutnmix": [ours]}, 0.02, "table1"), "gains")
+    assert found.verdict == verdict and f"{told} gains have the paper's sign" in found.text
+    assert ("Not so DML \u22120.50 (paper +0.24)" in found.text) == (dml < 93.5)
+
+
+def gaining(maker: Maker, gains: dict[str, float], base: float, scale: float) -> Results:
+    top1 = {network: {"baseline": [base], "cutnmix": [base + gain]} for network, gain in gains.items()}
+    return results_by_network(maker, top1, scale)
+
+
+@pytest.mark.parametrize(("gain", "verdict"), [(2.0, LEANS), (0.9, MIXED), (0.4, AGAINST)])
+def test_who_gains_most(gain, verdict, maker):
+    results = gaining(maker, {"wrn20_8": gain, "vgg16": 1.0, "resnet32": 0.5}, base=70.0, scale=0.02)
+    found = claim(results, "higher performance boost")
+    assert found.verdict == verdict
+    assert f"WideResNet gains +{gain:.2f}, the others Vgg-16 +1.00, ResNet-32 +0.50." in found.text
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict", "told"), [((0.9, 1.5), MIXED, "1 inside"), ((0.5, 1.6), AGAINST, "0 inside")]
+)
+def test_gains_beyond_either_end_lie_outside_the_range(gains, verdict, told, maker):
+    results = gaining(maker, dict(zip(("vgg16", "vgg19"), gains, strict=True)), base=93.0, scale=1.0)
+    found = claim(results, "0.73-1.43%")
+    assert found.verdict == verdict and f"over 2 networks, {told} that range" in found.text
 
 
 def test_the_papers_own_numbers_have_its_signs_and_lie_in_its_range(maker):
@@ -387,6 +494,13 @@ def test_values_are_compared_only_at_the_papers_scale(maker):
     assert not [finding for finding in findings(short) if finding.about == "values"]
     (signs,) = [finding for finding in findings(short) if finding.about == "gains"]
     assert "over Baseline, 1 of 1 gains have the paper's sign: Ours +0.90 (paper +0.95)" in signs.text
+
+
+def test_a_cell_is_near_the_papers_by_both_deviations_together(maker):
+    """93.89 +- 0.06 is printed: 94.09 +- 0.30 is near, 94.09 of one run is not."""
+    for top1, told in (([94.09], "0 of 1"), ([93.79, 94.09, 94.39], "1 of 1")):
+        text = about(results_of(maker, {"baseline": top1}, grid="table1"), "values").text
+        assert text.startswith(f"{told} cell")
 
 
 # The files
@@ -472,6 +586,28 @@ def test_the_tables_hold_ours_beside_the_papers(maker):
     assert (float(ours["gain"]), ours["comparable"]) == (pytest.approx(2), "False")
     line = "| **Ours** | 1 | **35.00 \u00b1 3.00** | 3 | 5 | 73.84 \u00b1 0.25 | \u221238.84 | +2.00 | +2.13 |"
     assert line in (maker.out / "report.md").read_text()
+
+
+def test_other_readings_stand_under_their_own_names(maker):
+    only = {"data": ["cifar100"], "network": ["resnet110"], "method": ["cutnmix"]}
+    grid, plan = maker.plan("table2", only=only, seeds=[95], scale=0.02)
+    for i, score in enumerate(maker.record["scores"].values()):
+        score["top1"] = float(i)  # all apart
+    maker.run(plan[0], 79.0)
+    results = collect(grid, plan, 0.02)
+    (cell,) = results.cells.values()
+    (run,) = cell.runs
+    expected = {name: run.reading(name) for name in READINGS if name != "leader"}
+    assert expected["mean"] == 79.0 and len(set(expected.values()) - {None}) == 4
+    sheet = sheets.readings(results, cell.data, cell.network)
+    titles = [column.title for column in sheet.columns]
+    shown = dict(zip(titles, [entry.sort for entry in sheet.rows[0]], strict=True))
+    assert {name: shown[READINGS[name]] for name in expected} == expected
+    assert shown["Best epoch, chosen on test"] == pytest.approx(79.25)
+    write(grid, plan, 0.02, maker.out)
+    (line,) = rows(maker.out / "report.csv")
+    assert {name: float(line[f"last_epoch_{name}_top1"]) for name in expected} == pytest.approx(expected)
+    assert float(line["best_epoch_chosen_on_test_mean_top1"]) == pytest.approx(79.25)
 
 
 def test_every_text_is_escaped(maker):
