@@ -111,14 +111,14 @@ def saved(parts: Parts, path: Path) -> dict:
     parts.step.train(parts.learner, views, plan.step(0), tally, lr=0.02, share=1.0, update=True)
     checkpoint.save(path, parts.learner, checkpoint.Position(1, 3), tally, 12.5, parts.mesh)
     state = {name: tensor.clone() for name, tensor in checkpoint._own_tensors(parts.learner).items()}
-    return {"saved": state, "total": tally.read(parts.mesh)["total"]}
+    return {"saved": state, "tally": tally.read(parts.mesh)}
 
 
-def restored(parts: Parts, path: Path) -> tuple[dict[str, Tensor], checkpoint.Position, float, float]:
+def restored(parts: Parts, path: Path) -> tuple[dict[str, Tensor], checkpoint.Position, float, dict]:
     """What another mesh finds there."""
     state = checkpoint.load(path, torch.device("cpu"))
     position, tally, best = checkpoint.restore(state, parts.learner, parts.mesh)
-    return checkpoint._own_tensors(parts.learner), position, best, tally.read(parts.mesh)["total"]
+    return checkpoint._own_tensors(parts.learner), position, best, tally.read(parts.mesh)
 
 
 def main(folder: Path, data: int, peer: int) -> None:

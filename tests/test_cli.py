@@ -510,7 +510,8 @@ def test_every_combination_of_views_mix_and_method_trains(views, mix, method, lo
     result = run.train(config)
     assert result["steps"] == 3
     records = RunFolder(config.folder).records("train")
-    assert records[0]["loss"]["total"] > 0
+    losses = records[0]["loss"]
+    assert losses.pop("total") == pytest.approx(sum(losses.values())) and sum(losses.values()) > 0
     every = {"peer0", "peer1", "mean", "best_peer", "ensemble"}
     assert result["last_epoch"]["scores"].keys() == every | OWN_SCORES.get(method, set())
 

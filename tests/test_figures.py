@@ -190,7 +190,8 @@ def test_batch_shows_the_pixels(tmp_path):
 def test_batch_on_a_gpu(tmp_path):
     parts = example(Mix(name="cutnmix"), 2, 2, dtype=torch.bfloat16)
     views, batch, draws = (type(p)(*(t.cuda() if torch.is_tensor(t) else t for t in p)) for p in parts)
-    batch_picture(tmp_path / "batch.png", views, batch, draws)
+    pictures = [batch_picture(tmp_path / "batch.png", *each) for each in ((views, batch, draws), parts)]
+    assert np.array_equal(*pictures)
 
 
 def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import shutil
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -415,11 +416,23 @@ def test_an_epoch_without_steps_has_no_views(loader, dataset):
     assert same_epoch(used.epoch(plan), loader_of("resident", dataset).epoch(plan))
 
 
+def dalis_threads() -> set[str]:
+    """Those of this process, which Python does not know of."""
+    found = set()
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # of a thread that ends just now
+            if path.read_text().startswith("[DALI]"):
+                found.add(path.parent.name)
+    return found
+
+
 @LOADERS
 def test_can_be_closed_and_closed_again(loader, dataset):
-    used = loader_of(loader, dataset)
+    before, used = dalis_threads(), loader_of(loader, dataset)
     next(used.epoch(plan_of(dataset)))
+    assert bool(dalis_threads() - before) == (loader == "dali")
     used.close()
+    assert dalis_threads() <= before
     used.close()
 
 

@@ -469,9 +469,9 @@ def check_restored(ranks: list[tuple], writers: list[dict]) -> None:
     for writer in reversed(writers):  # the first's last: of what several hold apart, its values are kept
         written |= writer["saved"]
     names = set()
-    for state, position, best, total in ranks:
+    for state, position, best, tally in ranks:
         assert position == (1, 3) and best == 12.5
-        assert total == pytest.approx(writers[0]["total"], rel=1e-6)
+        assert tally == pytest.approx(writers[0]["tally"], rel=1e-6)
         for name, tensor in state.items():
             assert torch.equal(tensor, written[name]), name
             names.add(name)

@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from processes import SMALL_NETWORK, Started, wait_until
+from processes import Started, wait_until
 
 from cutnmix.trainer.folder import RunFolder
 
 TINY = [
-    *SMALL_NETWORK,
+    "imports=[small_network]",
+    "peers.network=dropping",  # so that it draws
     "data.images_per_class=16",
     "epochs=10",  # of 7 steps: enough for a signal to come before the end, however fast they are
     "batch_size=24",
     "distort.cutout=6",
-    "log_every=2",
+    "log_every=3",  # so that sums lie in a checkpoint
     "checkpoint.every_steps=2",
     "resume=auto",
 ]
@@ -27,7 +28,7 @@ RESNET20 = ["peers.network=resnet20", "epochs=4"]  # its steps are longer
 
 
 def start(folder: Path, *overrides: str, log: str = "log") -> Started:
-    """A training in `folder`, of the small network where the overrides name no other; its output goes to FOLDER.log."""
+    """A training in `folder`, of a network that draws where no override names another; it prints to FOLDER.log."""
     place = [f"runs={folder.parent}", f"name={folder.name}"]
     return Started(["train", "quickstart", *TINY, *place, *overrides], log_path(folder, log))
 
