@@ -39,6 +39,7 @@ def _without_nul(path: Any) -> Any:
 
 
 _can_name_a_file = AfterValidator(_without_nul)
+FileName = Annotated[str, _can_name_a_file]
 PathName = Annotated[Path, _can_name_a_file]
 
 
@@ -169,9 +170,7 @@ def _refuse_stray(group: str, values: BaseModel, keys: set[str], under: str) -> 
 class Config(_Group):
     """All of a run. The defaults are the paper's recipe."""
 
-    name: Annotated[str, _can_name_a_file] | None = (
-        None  # the run's folder under `runs`; None: made from the keys that tell runs apart
-    )
+    name: FileName | None = None  # the run's folder under `runs`; None: made from the keys that tell runs apart
     runs: PathName = Path("runs")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 95
     epochs: Annotated[int, Field(ge=1)] = 240

@@ -1,5 +1,6 @@
 """What a run shows: a live bar on a terminal, a line an evaluation anywhere else."""
 
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from cutnmix.trainer.metrics import OVER_PEERS, Scores, is_peer, peer_names
 
 
 class _Console(Console):
-    """Falls silent where nobody reads any more, a closed pipe or a full disk: all that a run tells is in its folder."""
+    """Falls silent where nobody reads any more, or the disk is full: all that a run tells is in its folder."""
 
     def print(self, *objects: Any, **how: Any) -> None:
         try:
             super().print(*objects, **how)
-        except OSError:
+        except OSError as error:
+            with suppress(OSError):
+                print(f"nothing more can be shown here: {error.strerror}", file=sys.stderr)
             self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
