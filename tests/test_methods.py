@@ -98,7 +98,7 @@ def test_bounds_of_a_number_are_kept_by_the_configuration(name, key, value):
         *(("kdcl", variant, "holdout", "0.1", "general") for variant in ("minlogit", "naive", "linear", "mean")),
         ("tf_kd", "self", "correct", "0.9", "reg"),
         ("tf_kd", "self", "formula", "paper", "reg"),
-        ("tf_kd", "reg", "teacher", "runs/x", "self"),
+        ("tf_kd", "reg", "teacher", "/runs/x", "self"),
         ("tf_kd", "reg", "teacher_peer", "1", "self"),
     ],
 )

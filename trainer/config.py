@@ -310,7 +310,7 @@ def read_yaml(text: str) -> Any:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise yaml.YAMLError(f"{line}{error.problem}") from error
     except (yaml.YAMLError, ValueError) as error:  # such as the 30th of February
-        raise yaml.YAMLError(" ".join(str(error).split())) from error
+        raise yaml.YAMLError(" ".join(str(error).split()).replace('in "<unicode string>",', "at")) from error
 
 
 class _Once(yaml.SafeLoader):
