@@ -19,6 +19,7 @@ from cutnmix.benchmarks.measure import Spread
 from cutnmix.benchmarks.one_peer import Measured
 from cutnmix.models.cost import cost, made_for
 from cutnmix.trainer.config import ConfigError
+from cutnmix.trainer.folder import expect_writable
 from cutnmix.trainer.methods import METHODS
 from cutnmix.trainer.options import Network
 
@@ -86,6 +87,9 @@ def plan_scale(
     """The best mesh of N devices for J peers: memory, bytes exchanged, time of a step. Formulae: cutnmix's README."""
     if method not in scale.METHODS:
         raise ConfigError(f"--method: {method!r} is not planned for; choose one of {', '.join(scale.METHODS)}")
+    for file in (save, json_file):
+        if file:
+            expect_writable(file.parent)
     if check:
         _refuse_what_a_check_ignores(context)
         from cutnmix.benchmarks import scale_check  # it needs torch.distributed

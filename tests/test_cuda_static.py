@@ -142,13 +142,9 @@ def test_a_plan_goes_to_the_gpu_without_waiting_and_once(name, fake, monkeypatch
     )  # fmt: skip
     with AsyncCopies() as watched:
         moved = plan.to("cuda")
-    for number in (moved.step(s)._asdict() for s in range(4)):
-        for field in (
-            number["lam_L"],
-            number["epoch"],
-            number["box_M4"],
-        ):  # else a compiled mix is given copies of them
-            assert field is None or field.storage_offset() * field.element_size() % 16 == 0
+    for draws in map(moved.step, range(4)):
+        read = draws.lam_L, draws.epoch, draws.box_M4  # by the compiled mix, which else gets copies of them
+        assert all(x is None or x.storage_offset() * x.element_size() % 16 == 0 for x in read)
     num_tensors = sum(isinstance(field, Tensor) for field in vars(plan).values())
     assert watched.to == ["cuda"] * num_tensors
     draws = moved.step(0)

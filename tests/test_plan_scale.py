@@ -423,6 +423,13 @@ def test_a_wrong_option_is_one_line(command, saved, options, said):
     assert err.startswith("error: ") and said in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("option", ["--save", "--json"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(option, command, monkeypatch):
+    monkeypatch.setattr(one_peer, "measure", lambda **_: pytest.fail("measured"))
+    code, _, err = command("--devices=1", f"{option}=/proc/none/x.json")
+    assert (code, err) == (2, "error: /proc/none cannot be written: No such file or directory\n")
+
+
 def test_a_check_on_more_images_than_there_are_is_refused(command):
     code, _, err = command("--check", "--network=resnet20", "--peers=2", "--devices=2", "--batch=2000")
     assert (code, err) == (2, "error: --batch: 2000 is more than the 1,442 handwritten digits that it trains on\n")
