@@ -2,6 +2,7 @@
 
 import sys
 import sysconfig
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -44,16 +45,44 @@ def test_a_precision_that_is_asked_for_is_given(precision):
     assert chosen("device=cpu", f"precision={precision}").dtype == DTYPES[precision]
 
 
-@pytest.mark.parametrize(("hardware", "name"), [(True, "bf16"), (False, "fp16")])
-def test_auto_on_a_gpu_is_bf16_or_else_fp16_compiled_by_peer(hardware, name, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation: hardware and not including_emulation
-    )
+@pytest.fixture
+def two_gpus(monkeypatch) -> list[bool]:
+    """Whether each of them multiplies bf16: for a test to set. The first is the current one."""
+    hardware, current = [True, True], [0]
+
+    @contextmanager
+    def at(where: torch.device):
+        before, current[0] = current[0], current[0] if where.index is None else where.index
+        yield
+        current[0] = before
+
+    answers = {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "device": at,
+        "is_bf16_supported": lambda including_emulation: hardware[current[0]] and not including_emulation,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
     monkeypatch.setattr(device, "_missing_compiler", lambda _: None)
+    return hardware
+
+
+@pytest.mark.parametrize(("hardware", "name"), [(True, "bf16"), (False, "fp16")])
+def test_auto_on_a_gpu_is_bf16_or_else_fp16_compiled_by_peer(hardware, name, two_gpus):
+    two_gpus[:] = [hardware, hardware]
     assert chosen() == Setting(torch.device("cuda"), DTYPES[name], "peers", [])
     assert chosen("device=cuda:1", "compile=none").device == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("hardware", "first", "second"), [([True, False], "bf16", "fp16"), ([False, True], "fp16", "bf16")]
+)
+def test_auto_asks_the_gpu_that_the_run_is_on(hardware, first, second, two_gpus):
+    two_gpus[:] = hardware
+    assert [chosen(f"device={name}").dtype for name in ("cuda", "cuda:0", "cuda:1")] == [
+        DTYPES[first], DTYPES[first], DTYPES[second]
+    ]  # fmt: skip
 
 
 @pytest.mark.gpu
