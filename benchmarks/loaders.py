@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 from cutnmix.benchmarks.measure import Clock, Spread, in_turn, installed, per_second
 from cutnmix.benchmarks.records import Cell, Sheet
 from cutnmix.pipeline import Dataset, Distort, Mix, MixBatch, Splits, load_splits, make_loader, make_plan, view_size
-from cutnmix.trainer.config import ConfigError
+from cutnmix.trainer.keys import ConfigError
 
 Batches = Generator[Any, None, None]
 WARMUP = 4  # batches

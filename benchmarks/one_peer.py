@@ -22,9 +22,10 @@ from cutnmix.models.peers import Peers
 from cutnmix.pipeline import Distort, Mix, MixBatch, Views, make_plan
 from cutnmix.trainer import cli
 from cutnmix.trainer.build import make_learner
-from cutnmix.trainer.config import ConfigError, load_config
+from cutnmix.trainer.config import load_config
 from cutnmix.trainer.device import Setting, choose, compile_modules
 from cutnmix.trainer.folder import RunError
+from cutnmix.trainer.keys import ConfigError
 from cutnmix.trainer.step import Step, Tally
 
 MIB = 2**20

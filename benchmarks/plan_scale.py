@@ -18,8 +18,8 @@ from cutnmix.benchmarks import one_peer, records, scale
 from cutnmix.benchmarks.measure import Spread
 from cutnmix.benchmarks.one_peer import Measured
 from cutnmix.models.cost import cost, made_for
-from cutnmix.trainer.config import ConfigError
 from cutnmix.trainer.folder import expect_writable
+from cutnmix.trainer.keys import ConfigError
 from cutnmix.trainer.methods import METHODS
 from cutnmix.trainer.options import Network
 

@@ -32,9 +32,10 @@ from cutnmix.benchmarks.steps import LR, keys
 from cutnmix.models.cost import check_image_size, cost
 from cutnmix.pipeline import load_splits
 from cutnmix.trainer.build import build
-from cutnmix.trainer.config import Config, ConfigError, load_config
+from cutnmix.trainer.config import load_config
 from cutnmix.trainer.device import choose
 from cutnmix.trainer.folder import RunError
+from cutnmix.trainer.keys import Config, ConfigError
 from cutnmix.trainer.mesh import ONE, Mesh, joined
 from cutnmix.trainer.step import Tally
 

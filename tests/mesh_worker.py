@@ -16,7 +16,8 @@ from cutnmix.benchmarks.scale_check import Sent
 from cutnmix.models import NETWORKS
 from cutnmix.trainer import checkpoint
 from cutnmix.trainer.build import Parts, build
-from cutnmix.trainer.config import Config, load_config
+from cutnmix.trainer.config import load_config
+from cutnmix.trainer.keys import Config
 from cutnmix.trainer.mesh import joined
 from cutnmix.trainer.run import score
 from cutnmix.trainer.step import Tally

@@ -20,8 +20,8 @@ from cutnmix.benchmarks.records import Sheet, make_record, read_records, sheets_
 from cutnmix.models import NETWORKS
 from cutnmix.pipeline import Distort, MixBatch, load_splits
 from cutnmix.trainer import cli
-from cutnmix.trainer.config import ConfigError
 from cutnmix.trainer.folder import RunError
+from cutnmix.trainer.keys import ConfigError
 from cutnmix.trainer.losses import cross_entropy, mutual_kl
 from cutnmix.trainer.methods import METHODS
 

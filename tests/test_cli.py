@@ -23,9 +23,10 @@ from cutnmix.models.peers import Peers
 from cutnmix.pipeline.datasets import DATASETS, Splits, digits
 from cutnmix.trainer import checkpoint, cli, figures, picture, run
 from cutnmix.trainer.build import build
-from cutnmix.trainer.config import ConfigError, load_config
+from cutnmix.trainer.config import load_config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunError, RunFolder
+from cutnmix.trainer.keys import ConfigError
 from cutnmix.trainer.methods import METHODS
 
 SMALL = ["data.images_per_class=8", "epochs=2", "log_every=1"]

@@ -13,8 +13,9 @@ from cutnmix.pipeline.datasets import load_splits
 from cutnmix.trainer import compare as comparison
 from cutnmix.trainer import predicted
 from cutnmix.trainer.compare import compare
-from cutnmix.trainer.config import ConfigError, load_config
+from cutnmix.trainer.config import load_config
 from cutnmix.trainer.folder import RunError, RunFolder
+from cutnmix.trainer.keys import ConfigError
 from cutnmix.trainer.run import train
 
 SMALL = ["data.images_per_class=8", "epochs=1", "log_every=1"]

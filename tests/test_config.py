@@ -11,7 +11,8 @@ import yaml
 from cutnmix.benchmarks.reproduce.grid import GRIDS, load_grid
 from cutnmix.configs import shipped
 from cutnmix.pipeline.laws import Mix
-from cutnmix.trainer.config import Config, ConfigError, PeersGroup, dump_config, load_config, parse_config
+from cutnmix.trainer.config import dump_config, load_config, parse_config
+from cutnmix.trainer.keys import Config, ConfigError, PeersGroup
 from cutnmix.trainer.method import Needs, Task, breach
 from cutnmix.trainer.methods import METHODS
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from cutnmix.models import NETWORKS
 from cutnmix.trainer import device, run
 from cutnmix.trainer.build import build
-from cutnmix.trainer.config import ConfigError, load_config
+from cutnmix.trainer.config import load_config
 from cutnmix.trainer.device import Setting, choose
+from cutnmix.trainer.keys import ConfigError
 from cutnmix.trainer.step import Tally
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

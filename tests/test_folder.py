@@ -10,7 +10,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from cutnmix.trainer.config import Config, ConfigError, load_config
+from cutnmix.trainer.config import load_config
 from cutnmix.trainer.folder import (
     Position,
     RunError,
@@ -20,6 +20,7 @@ from cutnmix.trainer.folder import (
     same_but_seed,
     write_atomically,
 )
+from cutnmix.trainer.keys import Config, ConfigError
 
 HOLD = """
 import sys, time

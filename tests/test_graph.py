@@ -15,8 +15,9 @@ from cutnmix.pipeline.laws import Colour, Distort, Mix
 from cutnmix.pipeline.plan import Draws, make_plan
 from cutnmix.pipeline.resident import ResidentLoader
 from cutnmix.trainer.build import build
-from cutnmix.trainer.config import ConfigError, load_config
+from cutnmix.trainer.config import load_config
 from cutnmix.trainer.graph import Fixed, Graphed
+from cutnmix.trainer.keys import ConfigError
 from cutnmix.trainer.step import Step, Tally
 
 SMALL = ["data.classes=4", "data.images_per_class=6", "batch_size=10", "loader=resident", "peers.network=resnet20"]

@@ -26,8 +26,9 @@ from cutnmix.pipeline.loader import default_threads
 from cutnmix.pipeline.plan import Plan, make_plan
 from cutnmix.pipeline.shards import Members, cache_folder, find_shards, read_members
 from cutnmix.trainer.build import build
-from cutnmix.trainer.config import ConfigError, Data, load_config
+from cutnmix.trainer.config import load_config
 from cutnmix.trainer.export import export
+from cutnmix.trainer.keys import ConfigError, Data
 from cutnmix.trainer.run import train as train_run
 
 dali = pytest.importorskip("cutnmix.pipeline.dali", reason="DALI runs on Linux", exc_type=ImportError)

@@ -29,9 +29,10 @@ from cutnmix.pipeline import Distort, Mix, MixBatch, ResidentLoader, load_splits
 from cutnmix.pipeline.plan import Plan, make_plan, part_of
 from cutnmix.trainer import checkpoint, exchange
 from cutnmix.trainer.build import build
-from cutnmix.trainer.config import ConfigError, load_config
+from cutnmix.trainer.config import load_config
 from cutnmix.trainer.exchange import ALONE, Exchange
 from cutnmix.trainer.folder import RunFolder
+from cutnmix.trainer.keys import ConfigError
 from cutnmix.trainer.losses import cross_entropy, mmd, mutual_kl
 from cutnmix.trainer.mesh import Mesh
 from cutnmix.trainer.methods import METHODS

@@ -16,7 +16,8 @@ from tasks import B, K, build, keys_of, leaves, make_batch, make_outputs, make_p
 from torch import nn
 
 from cutnmix.trainer import method
-from cutnmix.trainer.config import ConfigError, load_config
+from cutnmix.trainer.config import load_config
+from cutnmix.trainer.keys import ConfigError
 from cutnmix.trainer.methods import METHODS
 
 EACH = pytest.mark.parametrize("name", METHODS)

@@ -21,7 +21,8 @@ from cutnmix.models.peers import Peers
 from cutnmix.pipeline import load_splits
 from cutnmix.trainer import cli
 from cutnmix.trainer import overview as module
-from cutnmix.trainer.config import ConfigError, load_config
+from cutnmix.trainer.config import load_config
+from cutnmix.trainer.keys import ConfigError
 from cutnmix.trainer.methods import METHODS
 from cutnmix.trainer.overview import cost_of, overrides, overview, state_bytes, stepping
 from cutnmix.trainer.step import Step

@@ -18,8 +18,9 @@ from cutnmix.models import NETWORKS
 from cutnmix.models.peers import Peers
 from cutnmix.trainer import cli
 from cutnmix.trainer.build import build
-from cutnmix.trainer.config import ConfigError, load_config
+from cutnmix.trainer.config import load_config
 from cutnmix.trainer.device import choose
+from cutnmix.trainer.keys import ConfigError
 from cutnmix.trainer.method import Task
 from cutnmix.trainer.methods import METHODS
 from cutnmix.trainer.step import Tally

@@ -30,9 +30,10 @@ from cutnmix.models.peers import build_peer
 from cutnmix.pipeline.datasets import DataError, load_splits
 from cutnmix.trainer import cli, overview
 from cutnmix.trainer import run as training
-from cutnmix.trainer.config import ConfigError, dump_config, load_config
+from cutnmix.trainer.config import dump_config, load_config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunError, RunFolder
+from cutnmix.trainer.keys import ConfigError
 
 TINY = """
 title: A tiny grid

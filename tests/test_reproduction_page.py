@@ -31,9 +31,10 @@ from cutnmix.benchmarks.reproduce.results import (
     ranks,
     value_of,
 )
-from cutnmix.trainer.config import ConfigError, load_config
+from cutnmix.trainer.config import load_config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunFolder
+from cutnmix.trainer.keys import ConfigError
 from cutnmix.trainer.run import train
 
 CHROMIUM = next(

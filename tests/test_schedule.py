@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cutnmix.trainer.config import Schedule
+from cutnmix.trainer.keys import Schedule
 from cutnmix.trainer.schedule import lr_factor, never_reached
 
 PAPER, EPOCHS, S = Schedule(), 240, 100  # S steps an epoch

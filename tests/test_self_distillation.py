@@ -20,8 +20,9 @@ from cutnmix.models.peers import Outputs, Peers, build_peer
 from cutnmix.models.saved import Frozen, load_network
 from cutnmix.pipeline.batch import Batch
 from cutnmix.trainer import figures, picture, run
-from cutnmix.trainer.config import ConfigError, load_config
+from cutnmix.trainer.config import load_config
 from cutnmix.trainer.folder import RunFolder
+from cutnmix.trainer.keys import ConfigError
 from cutnmix.trainer.methods import METHODS
 from cutnmix.trainer.methods.tf_kd import virtual_kl, virtual_share
 

@@ -15,8 +15,8 @@ from cutnmix.pipeline.laws import Mix
 from cutnmix.pipeline.loader import Loader, check_decoder, default_threads, make_loader
 from cutnmix.pipeline.mix import MixBatch
 from cutnmix.pipeline.plan import Plan, make_plan, part_of
-from cutnmix.trainer.config import Config, ConfigError, Data
 from cutnmix.trainer.device import Setting, choose, compile_modules
+from cutnmix.trainer.keys import Config, ConfigError, Data
 from cutnmix.trainer.mesh import ONE, Mesh
 from cutnmix.trainer.method import Task
 from cutnmix.trainer.methods import METHODS

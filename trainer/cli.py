@@ -15,9 +15,10 @@ from rich.table import Table
 from cutnmix.models import NETWORKS
 from cutnmix.models.cost import blueprint, cost, made_for, parameters, source
 from cutnmix.pipeline.datasets import DataError, TestImages
-from cutnmix.trainer.config import ConfigError, load_config
+from cutnmix.trainer.config import load_config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunError, RunFolder, Stopped, expect_writable, name_of
+from cutnmix.trainer.keys import ConfigError
 from cutnmix.trainer.mesh import LostError, leave_it_to_the_first
 from cutnmix.trainer.options import Network
 

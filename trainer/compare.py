@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cutnmix.pipeline.datasets import TestImages
-from cutnmix.trainer.config import Config
 from cutnmix.trainer.folder import (
     RunError,
     RunFolder,
@@ -36,6 +35,7 @@ from cutnmix.trainer.folder import (
     same_but_seed,
     write_atomically,
 )
+from cutnmix.trainer.keys import Config
 from cutnmix.trainer.predicted import Predicted, predict_run, read, write
 from cutnmix.trainer.run import saved
 

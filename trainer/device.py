@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from cutnmix.trainer.config import Config, ConfigError
+from cutnmix.trainer.keys import Config, ConfigError
 
 
 class Setting(NamedTuple):

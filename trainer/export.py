@@ -34,8 +34,8 @@ from cutnmix.pipeline.distort import view_size
 from cutnmix.pipeline.laws import Distort
 from cutnmix.trainer.build import Parts, load_data
 from cutnmix.trainer.checkpoint import load, load_peers
-from cutnmix.trainer.config import Config, ConfigError
 from cutnmix.trainer.folder import Position, RunError, RunFolder, expect_writable, write_atomically
+from cutnmix.trainer.keys import Config, ConfigError
 
 
 class Facts(NamedTuple):

@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 import yaml
 from filelock import FileLock, Timeout
 
-from cutnmix.trainer.config import Config, ConfigError, dump_config, parse_config, read_yaml
+from cutnmix.trainer.config import dump_config, parse_config, read_yaml
+from cutnmix.trainer.keys import Config, ConfigError
 
 # Keys that may differ when a run is resumed: they change neither the data nor the arithmetic (the mesh and the loader:
 # but rounding, and the mesh the statistics of batch norms that are not synchronised).

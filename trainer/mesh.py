@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from cutnmix.trainer.config import Config, ConfigError
 from cutnmix.trainer.device import find_device
 from cutnmix.trainer.exchange import ALONE, Exchange
 from cutnmix.trainer.folder import Stopped
+from cutnmix.trainer.keys import Config, ConfigError
 
 _ROLL_CALL_S = 5.0  # how long the processes that notice a loss wait for one another, to tell who is missing
 _LINGER_S = 5.0

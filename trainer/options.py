@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from cutnmix.models import check_name
-from cutnmix.trainer.config import ConfigError
+from cutnmix.trainer.keys import ConfigError
 
 
 def _known(name: str) -> str:

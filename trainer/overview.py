@@ -21,7 +21,8 @@ from cutnmix.models.peers import Peers, build_peer, seeded
 from cutnmix.pipeline.batch import Views
 from cutnmix.pipeline.plan import Draws
 from cutnmix.trainer.build import Parts, build
-from cutnmix.trainer.config import Config, ConfigError, load_config
+from cutnmix.trainer.config import load_config
+from cutnmix.trainer.keys import Config, ConfigError
 from cutnmix.trainer.method import Needs, Task, keys_of
 from cutnmix.trainer.methods import METHODS
 from cutnmix.trainer.step import Tally

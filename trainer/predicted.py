@@ -27,8 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from cutnmix.pipeline.datasets import TestImages
-from cutnmix.trainer.config import Config, dump_config, parse_config
+from cutnmix.trainer.config import dump_config, parse_config
 from cutnmix.trainer.folder import RunError, RunFolder, name_of, write_atomically
+from cutnmix.trainer.keys import Config
 from cutnmix.trainer.metrics import is_peer, predict
 from cutnmix.trainer.run import trained
 

@@ -25,10 +25,10 @@ from cutnmix.pipeline.datasets import TestImages
 from cutnmix.pipeline.plan import Draws, Plan
 from cutnmix.trainer import checkpoint
 from cutnmix.trainer.build import Parts, build
-from cutnmix.trainer.config import Config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.export import export_peers
 from cutnmix.trainer.folder import Position, RunError, RunFolder, Stopped, write_atomically, written
+from cutnmix.trainer.keys import Config
 from cutnmix.trainer.mesh import Mesh, joined, leave_it_to_the_first
 from cutnmix.trainer.metrics import Scores, evaluate
 from cutnmix.trainer.schedule import lr_factor

@@ -2,7 +2,7 @@
 
 import math
 
-from cutnmix.trainer.config import Schedule
+from cutnmix.trainer.keys import Schedule
 
 
 def never_reached(schedule: Schedule, epochs: int) -> list[str]:

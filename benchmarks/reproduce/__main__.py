@@ -21,8 +21,8 @@ from cutnmix.benchmarks.reproduce.grid import AXES, grids, load_grid, plan_grid
 from cutnmix.benchmarks.reproduce.ledger import Ledger
 from cutnmix.pipeline.datasets import DataError
 from cutnmix.trainer import cli
-from cutnmix.trainer.config import ConfigError
 from cutnmix.trainer.display import Display
+from cutnmix.trainer.keys import ConfigError
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -24,8 +24,8 @@ from cutnmix.pipeline.datasets import DataError
 from cutnmix.pipeline.distort import view_size
 from cutnmix.pipeline.laws import Distort
 from cutnmix.trainer.build import load_data
-from cutnmix.trainer.config import Config, ConfigError, Data
 from cutnmix.trainer.folder import RunFolder
+from cutnmix.trainer.keys import Config, ConfigError, Data
 from cutnmix.trainer.overview import stepping
 
 CIFAR = {"cifar10": 10, "cifar100": 100}  # classes; sizes by heart, so that a plan needs no data set

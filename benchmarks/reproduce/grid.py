@@ -21,8 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from cutnmix import configs
 from cutnmix.pipeline.datasets import DataError
 from cutnmix.trainer.build import load_data
-from cutnmix.trainer.config import Config, ConfigError, Data, dump_config, load_config, parse_config, read_yaml
+from cutnmix.trainer.config import dump_config, load_config, parse_config, read_yaml
 from cutnmix.trainer.folder import RunFolder
+from cutnmix.trainer.keys import Config, ConfigError, Data
 
 GRIDS = Path(configs.__file__).parent / "grids"
 AXES = ("data", "network", "method")  # what --only selects by; a method is the name of a row

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from cutnmix import configs
-from cutnmix.trainer.config import ConfigError
+from cutnmix.trainer.keys import ConfigError
 
 OURS, BASELINE = "cutnmix", "baseline"  # the gains that the paper prints are of the one over the other
 DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}

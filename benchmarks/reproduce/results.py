@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from cutnmix.benchmarks.reproduce.grid import Grid, Planned, Row, own_config
 from cutnmix.benchmarks.reproduce.paper import DATA, Table, Value, load_table
-from cutnmix.trainer.config import Config, ConfigError
 from cutnmix.trainer.folder import RunError, RunFolder
+from cutnmix.trainer.keys import Config, ConfigError
 
 Curve = list[tuple[float, float]]  # (epoch, the peers' mean top-1 percent)
 READINGS = {  # of the last epoch, by the name that the run has for them, and as it is shown

@@ -27,9 +27,10 @@ from cutnmix.benchmarks.reproduce.grid import Planned
 from cutnmix.benchmarks.reproduce.ledger import Ledger
 from cutnmix.pipeline.datasets import DataError
 from cutnmix.trainer.cli import EXIT_REQUEUE
-from cutnmix.trainer.config import Config, ConfigError, dump_config, parse_config
+from cutnmix.trainer.config import dump_config, parse_config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunError, RunFolder, Stopped, Taken
+from cutnmix.trainer.keys import Config, ConfigError
 from cutnmix.trainer.run import train
 
 LOG = "log.txt"  # in the run's folder: what a run says that has no terminal
