@@ -7,7 +7,8 @@
 
 from cutnmix.pipeline.batch import Batch, Views
 from cutnmix.pipeline.cutnmix import CutnMix, mix_target, paste
-from cutnmix.pipeline.datasets import DATASETS, DataError, Dataset, Splits, load_splits
+from cutnmix.pipeline.dataset import DataError, Dataset, Splits
+from cutnmix.pipeline.datasets import DATASETS, load_splits
 from cutnmix.pipeline.distort import view_size
 from cutnmix.pipeline.laws import Colour, Distort, Mix
 from cutnmix.pipeline.loader import Loader, make_loader

@@ -23,7 +23,7 @@ from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
 
 from cutnmix.pipeline.ahead import ahead
-from cutnmix.pipeline.datasets import DataError, Dataset
+from cutnmix.pipeline.dataset import DataError, Dataset
 from cutnmix.pipeline.shards import cache_folder, digest, load_arrays, save_arrays
 
 # DALI makes its operators at run time: to the type checker they are Any.

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from cutnmix.pipeline.ahead import ahead
 from cutnmix.pipeline.batch import Views
 from cutnmix.pipeline.check import undecodable
-from cutnmix.pipeline.datasets import DataError, Dataset
+from cutnmix.pipeline.dataset import DataError, Dataset
 from cutnmix.pipeline.distort import (
     colour_matrix,
     crop_start,

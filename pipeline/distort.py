@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cutnmix.pipeline.datasets import DataError, Dataset
+from cutnmix.pipeline.dataset import DataError, Dataset
 from cutnmix.pipeline.laws import Distort
 
 

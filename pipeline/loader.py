@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from cutnmix.pipeline.batch import Views
-from cutnmix.pipeline.datasets import DataError, Dataset
+from cutnmix.pipeline.dataset import DataError, Dataset
 from cutnmix.pipeline.laws import Distort
 from cutnmix.pipeline.plan import Plan
 from cutnmix.pipeline.resident import ResidentLoader

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cutnmix.pipeline.batch import Views
-from cutnmix.pipeline.datasets import DataError, Dataset
+from cutnmix.pipeline.dataset import DataError, Dataset
 from cutnmix.pipeline.distort import (
     colour_matrix,
     crop_start,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cutnmix.pipeline.datasets import Dataset
+from cutnmix.pipeline.dataset import Dataset
 from cutnmix.pipeline.plan import Draws
 
 

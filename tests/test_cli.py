@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from cutnmix.models import NETWORKS, build_network
 from cutnmix.models.peers import Peers
-from cutnmix.pipeline.datasets import DATASETS, Splits, digits
+from cutnmix.pipeline.dataset import Splits
+from cutnmix.pipeline.datasets import DATASETS, digits
 from cutnmix.trainer import checkpoint, cli, figures, picture, run
 from cutnmix.trainer.build import build
 from cutnmix.trainer.config import load_config

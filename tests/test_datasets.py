@@ -25,8 +25,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.datasets import CIFAR10
 
-from cutnmix.pipeline import datasets
-from cutnmix.pipeline.datasets import DATASETS, DataError, Dataset, Splits, load_splits
+from cutnmix.pipeline import cifar
+from cutnmix.pipeline.dataset import DataError, Dataset, Splits
+from cutnmix.pipeline.datasets import DATASETS, load_splits
 
 FILES = ["data_batch_1", "data_batch_2", "test_batch", "batches.meta"]
 DIGITS = pytest.mark.parametrize(("name", "side"), [("digits", 32), ("digits16", 16)])
@@ -161,7 +162,7 @@ def test_arrays_suit_torch(root):
 def test_pixels_are_normalised_as_in_the_lineage(name, mean, std, monkeypatch):
     """By the deviations of all training pixels, not by (0.2023, 0.1994, 0.2010), which much public code has."""
     told = []
-    monkeypatch.setattr(datasets, "_cifar", lambda *given: told.append(given[-2:]))
+    monkeypatch.setattr(cifar, "_cifar", lambda *given: told.append(given[-2:]))
     DATASETS[name](None, False)
     assert told == [(mean, std)]
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from cutnmix.models import NETWORKS, build_network
 from cutnmix.models.network import Branch, Network
 from cutnmix.models.peers import Outputs, Peers
-from cutnmix.pipeline.datasets import DataError, load_splits
+from cutnmix.pipeline.dataset import DataError
+from cutnmix.pipeline.datasets import load_splits
 from cutnmix.trainer import checkpoint, cli, figures, picture, run
 from cutnmix.trainer import export as exporter
 from cutnmix.trainer.build import build

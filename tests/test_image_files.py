@@ -20,7 +20,8 @@ from cutnmix.benchmarks.reproduce import estimate
 from cutnmix.benchmarks.reproduce.grid import Cell, Planned, images_per_class, load_grid
 from cutnmix.pipeline.ahead import ahead
 from cutnmix.pipeline.batch import Views
-from cutnmix.pipeline.datasets import DataError, Dataset, load_splits
+from cutnmix.pipeline.dataset import DataError, Dataset
+from cutnmix.pipeline.datasets import load_splits
 from cutnmix.pipeline.laws import Colour, Distort, Mix
 from cutnmix.pipeline.loader import default_threads
 from cutnmix.pipeline.plan import Plan, make_plan

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from cutnmix.pipeline import loader as loaders
 from cutnmix.pipeline.batch import Batch, Views
-from cutnmix.pipeline.datasets import DataError, Dataset, load_splits
+from cutnmix.pipeline.dataset import DataError, Dataset
+from cutnmix.pipeline.datasets import load_splits
 from cutnmix.pipeline.distort import colour_matrix
 from cutnmix.pipeline.laws import Colour, Distort, Mix
 from cutnmix.pipeline.loader import make_loader

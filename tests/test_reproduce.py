@@ -27,7 +27,8 @@ from cutnmix.benchmarks.reproduce.ledger import Ledger
 from cutnmix.configs import shipped
 from cutnmix.models.cost import cost
 from cutnmix.models.peers import build_peer
-from cutnmix.pipeline.datasets import DataError, load_splits
+from cutnmix.pipeline.dataset import DataError
+from cutnmix.pipeline.datasets import load_splits
 from cutnmix.trainer import cli, overview
 from cutnmix.trainer import run as training
 from cutnmix.trainer.config import dump_config, load_config

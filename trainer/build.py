@@ -9,7 +9,8 @@ import torch
 from cutnmix.models import check_name
 from cutnmix.models.cost import blueprint, branches_cost, check_image_size, trains_on_one
 from cutnmix.models.peers import Peers, seeded
-from cutnmix.pipeline.datasets import Dataset, Splits, TestImages, load_splits
+from cutnmix.pipeline.dataset import Dataset, Splits
+from cutnmix.pipeline.datasets import TestImages, load_splits
 from cutnmix.pipeline.distort import view_size
 from cutnmix.pipeline.laws import Mix
 from cutnmix.pipeline.loader import Loader, check_decoder, default_threads, make_loader

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from cutnmix.models import NETWORKS
 from cutnmix.models.cost import blueprint, cost, made_for, parameters, source
-from cutnmix.pipeline.datasets import DataError, TestImages
+from cutnmix.pipeline.dataset import DataError
+from cutnmix.pipeline.datasets import TestImages
 from cutnmix.trainer.config import load_config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunError, RunFolder, Stopped, expect_writable, name_of

@@ -29,7 +29,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from cutnmix.models.peers import Peers
-from cutnmix.pipeline.datasets import Dataset
+from cutnmix.pipeline.dataset import Dataset
 from cutnmix.pipeline.distort import view_size
 from cutnmix.pipeline.laws import Distort
 from cutnmix.trainer.build import Parts, load_data

@@ -19,7 +19,7 @@ from cutnmix.benchmarks.reproduce.drive import LEDGER, Place, reproduce, state
 from cutnmix.benchmarks.reproduce.estimate import absent_data
 from cutnmix.benchmarks.reproduce.grid import AXES, grids, load_grid, plan_grid
 from cutnmix.benchmarks.reproduce.ledger import Ledger
-from cutnmix.pipeline.datasets import DataError
+from cutnmix.pipeline.dataset import DataError
 from cutnmix.trainer import cli
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.keys import ConfigError

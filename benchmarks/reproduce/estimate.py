@@ -20,7 +20,7 @@ from typing import NamedTuple
 from cutnmix.benchmarks.reproduce.grid import IMAGES_PER_CLASS, Planned
 from cutnmix.models.cost import branches_cost, cost
 from cutnmix.models.saved import network_name
-from cutnmix.pipeline.datasets import DataError
+from cutnmix.pipeline.dataset import DataError
 from cutnmix.pipeline.distort import view_size
 from cutnmix.pipeline.laws import Distort
 from cutnmix.trainer.build import load_data

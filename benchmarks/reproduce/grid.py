@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cutnmix import configs
-from cutnmix.pipeline.datasets import DataError
+from cutnmix.pipeline.dataset import DataError
 from cutnmix.trainer.build import load_data
 from cutnmix.trainer.config import dump_config, load_config, parse_config, read_yaml
 from cutnmix.trainer.folder import RunFolder

@@ -9,7 +9,7 @@ from rich.table import Table
 from cutnmix.benchmarks.reproduce import estimate
 from cutnmix.benchmarks.reproduce.drive import Summary, state
 from cutnmix.benchmarks.reproduce.grid import Grid, Planned, grids, load_grid
-from cutnmix.pipeline.datasets import DataError
+from cutnmix.pipeline.dataset import DataError
 from cutnmix.trainer.device import choose
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.run import hardware

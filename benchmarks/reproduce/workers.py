@@ -25,7 +25,7 @@ from rich.console import Console
 
 from cutnmix.benchmarks.reproduce.grid import Planned
 from cutnmix.benchmarks.reproduce.ledger import Ledger
-from cutnmix.pipeline.datasets import DataError
+from cutnmix.pipeline.dataset import DataError
 from cutnmix.trainer.cli import EXIT_REQUEUE
 from cutnmix.trainer.config import dump_config, parse_config
 from cutnmix.trainer.display import Display
