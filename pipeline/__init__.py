@@ -10,10 +10,11 @@ from cutnmix.pipeline.cutnmix import CutnMix, mix_target, paste
 from cutnmix.pipeline.dataset import DataError, Dataset, Splits
 from cutnmix.pipeline.datasets import DATASETS, load_splits
 from cutnmix.pipeline.distort import view_size
+from cutnmix.pipeline.draw import make_plan
 from cutnmix.pipeline.laws import Colour, Distort, Mix
 from cutnmix.pipeline.loader import Loader, make_loader
 from cutnmix.pipeline.mix import MixBatch
-from cutnmix.pipeline.plan import Draws, Plan, make_plan
+from cutnmix.pipeline.plan import Draws, Plan
 from cutnmix.pipeline.resident import ResidentLoader
 
 __all__ = [

@@ -17,9 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cutnmix.pipeline.boxes import BOX_RULES
 from cutnmix.pipeline.cutnmix import CutnMix
+from cutnmix.pipeline.draw import make_plan
 from cutnmix.pipeline.laws import Colour, Distort, Mix
 from cutnmix.pipeline.mix import MixBatch
-from cutnmix.pipeline.plan import Draws, Plan, make_plan
+from cutnmix.pipeline.plan import Draws, Plan
 from cutnmix.pipeline.resident import ResidentLoader
 
 H, W, BATCH, J = 32, 32, 8, 3

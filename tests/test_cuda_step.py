@@ -35,9 +35,10 @@ from cutnmix.models import NETWORKS, build_network
 from cutnmix.models.peers import Outputs, Peers
 from cutnmix.models.resnet import basic, resnet
 from cutnmix.pipeline.batch import Views
+from cutnmix.pipeline.draw import make_plan
 from cutnmix.pipeline.laws import Distort, Mix
 from cutnmix.pipeline.mix import MixBatch
-from cutnmix.pipeline.plan import Draws, make_plan
+from cutnmix.pipeline.plan import Draws
 from cutnmix.pipeline.resident import ResidentLoader
 from cutnmix.trainer.mesh import ONE
 from cutnmix.trainer.method import Task

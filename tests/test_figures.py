@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from cutnmix.pipeline.batch import Batch, Views
+from cutnmix.pipeline.draw import make_plan
 from cutnmix.pipeline.laws import Distort, Mix
 from cutnmix.pipeline.mix import MixBatch
-from cutnmix.pipeline.plan import Draws, make_plan
+from cutnmix.pipeline.plan import Draws
 from cutnmix.trainer import figures
 from cutnmix.trainer.figures import draw_curves
 from cutnmix.trainer.folder import RunError

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from cutnmix.pipeline.batch import Views
+from cutnmix.pipeline.draw import make_plan
 from cutnmix.pipeline.laws import Colour, Distort, Mix
-from cutnmix.pipeline.plan import Draws, make_plan
+from cutnmix.pipeline.plan import Draws
 from cutnmix.pipeline.resident import ResidentLoader
 from cutnmix.trainer.build import build
 from cutnmix.trainer.config import load_config

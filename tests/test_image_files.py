@@ -22,9 +22,10 @@ from cutnmix.pipeline.ahead import ahead
 from cutnmix.pipeline.batch import Views
 from cutnmix.pipeline.dataset import DataError, Dataset
 from cutnmix.pipeline.datasets import load_splits
+from cutnmix.pipeline.draw import make_plan
 from cutnmix.pipeline.laws import Colour, Distort, Mix
 from cutnmix.pipeline.loader import default_threads
-from cutnmix.pipeline.plan import Plan, make_plan
+from cutnmix.pipeline.plan import Plan
 from cutnmix.pipeline.shards import Members, cache_folder, find_shards, read_members
 from cutnmix.trainer.build import build
 from cutnmix.trainer.config import load_config

@@ -21,10 +21,11 @@ from cutnmix.pipeline.batch import Batch, Views
 from cutnmix.pipeline.dataset import DataError, Dataset
 from cutnmix.pipeline.datasets import load_splits
 from cutnmix.pipeline.distort import colour_matrix
+from cutnmix.pipeline.draw import make_plan
 from cutnmix.pipeline.laws import Colour, Distort, Mix
 from cutnmix.pipeline.loader import make_loader
 from cutnmix.pipeline.mix import MixBatch
-from cutnmix.pipeline.plan import Draws, Plan, make_plan
+from cutnmix.pipeline.plan import Draws, Plan
 from cutnmix.pipeline.resident import ResidentLoader
 
 H, W, N, BATCH = 12, 16, 21, 8  # two full batches and one of 5

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from cutnmix.models import NETWORKS
 from cutnmix.pipeline import Distort, Mix, MixBatch, ResidentLoader, load_splits
-from cutnmix.pipeline.plan import Plan, make_plan, part_of
+from cutnmix.pipeline.draw import make_plan
+from cutnmix.pipeline.plan import Plan, part_of
 from cutnmix.trainer import checkpoint, exchange
 from cutnmix.trainer.build import build
 from cutnmix.trainer.config import load_config

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from cutnmix.models.peers import Outputs
 from cutnmix.pipeline.batch import Batch, Views
+from cutnmix.pipeline.draw import make_plan
 from cutnmix.pipeline.laws import Distort, Mix
-from cutnmix.pipeline.plan import make_plan
 from cutnmix.trainer.folder import RunError
 from cutnmix.trainer.metrics import Scores, evaluate
 from cutnmix.trainer.step import Learner, Step

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from cutnmix.pipeline.batch import Batch, Views
 from cutnmix.pipeline.cutnmix import mix_target, one_hot, paste
+from cutnmix.pipeline.draw import make_plan
 from cutnmix.pipeline.laws import Distort, Mix
 from cutnmix.pipeline.mix import MixBatch
-from cutnmix.pipeline.plan import Draws, make_plan
+from cutnmix.pipeline.plan import Draws
 
 B, C, H, W, NUM_CLASSES, J = 6, 3, 8, 12, 5, 3
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)

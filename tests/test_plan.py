@@ -10,8 +10,9 @@ from pydantic import ValidationError
 from scipy import stats
 from torch import Tensor
 
+from cutnmix.pipeline.draw import Stream, generator, make_plan
 from cutnmix.pipeline.laws import Colour, Distort, Mix
-from cutnmix.pipeline.plan import Plan, Stream, _in_rows, generator, make_plan
+from cutnmix.pipeline.plan import Plan, _in_rows
 
 EVERYTHING = Distort(
     colour=Colour(brightness=0.4, contrast=0.3, saturation=0.2, hue=30.0), rotation=15.0, cutout=8, image_size=24

@@ -12,10 +12,11 @@ from cutnmix.models.peers import Peers, seeded
 from cutnmix.pipeline.dataset import Dataset, Splits
 from cutnmix.pipeline.datasets import TestImages, load_splits
 from cutnmix.pipeline.distort import view_size
+from cutnmix.pipeline.draw import make_plan
 from cutnmix.pipeline.laws import Mix
 from cutnmix.pipeline.loader import Loader, check_decoder, default_threads, make_loader
 from cutnmix.pipeline.mix import MixBatch
-from cutnmix.pipeline.plan import Plan, make_plan, part_of
+from cutnmix.pipeline.plan import Plan, part_of
 from cutnmix.trainer.device import Setting, choose, compile_modules
 from cutnmix.trainer.keys import Config, ConfigError, Data
 from cutnmix.trainer.mesh import ONE, Mesh
