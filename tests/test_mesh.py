@@ -38,6 +38,7 @@ from cutnmix.trainer.losses import cross_entropy, mmd, mutual_kl
 from cutnmix.trainer.mesh import Mesh
 from cutnmix.trainer.methods import METHODS
 from cutnmix.trainer.metrics import is_peer
+from cutnmix.trainer.run import trained
 
 # On a free port, whatever else runs here, and whether the machine's own name resolves or not.
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
@@ -572,6 +573,18 @@ def test_a_finished_run_of_several_processes_is_evaluated_and_exported_by_one(un
     assert_same(load_file(own), load_file(exported))
     checkpoints = {path.name for path in (uninterrupted / "checkpoints").iterdir()}
     assert {"last.pt", "best.pt"} < checkpoints and len(checkpoints) == 4  # two links, and what they point to
+
+
+@pytest.mark.slow
+def test_processes_with_other_peers_leave_a_file_of_each(tmp_path):
+    folder = tmp_path / "run"
+    assert start(folder, 1, 2, "epochs=1").wait() == 0, log_of(folder)
+    left = {path.name: load_file(path) for path in RunFolder(folder).peers.iterdir()}
+    assert left.keys() == {"peer0.safetensors", "peer1.safetensors"}
+    with trained(folder) as (parts, epochs):
+        assert epochs == 1
+        for j in range(2):
+            assert_same(left[f"peer{j}.safetensors"], parts.learner.peers.network(j).state_dict())
 
 
 @pytest.mark.slow
