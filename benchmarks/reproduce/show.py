@@ -1,13 +1,13 @@
 """What the command prints: the grids, the plan with its cost, how it ended."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import NamedTuple, get_args
 
 from rich import box
 from rich.table import Table
 
 from cutnmix.benchmarks.reproduce import estimate
-from cutnmix.benchmarks.reproduce.drive import Summary, state
+from cutnmix.benchmarks.reproduce.drive import State, Summary, state
 from cutnmix.benchmarks.reproduce.grid import Grid, Planned, grids, load_grid
 from cutnmix.pipeline.dataset import DataError
 from cutnmix.trainer.device import choose
@@ -42,41 +42,27 @@ def plan(
     their size is known by heart. Neither that of what is done nor that of what is left out asks for data.
     Raises: ConfigError for an unknown network, RunError for a folder of another run, both before anything is measured.
     """
-    states = [state(run) for run in runs]
+    states: list[State] = [state(run) for run in runs]
     works = [_UNKNOWN if _images(run) is None else estimate.work(run.config) for run in runs]
-    shares = [estimate.left(run.config) for run in runs]
-    rows = list(zip(runs, states, works, shares, strict=True))
+    rows = [
+        _Row(run, kept, work, estimate.left(run.config)) for run, kept, work in zip(runs, states, works, strict=True)
+    ]
     display.note(f"{grid.title}{_stamp(scale)}")
     display.note(f"{len(runs)} runs ({_lengths(runs)}), {where}")
     if dry:
-        for run, kept, _, share in rows:
-            display.note(f"{kept:8} {run.config.folder.name}" + (f", {share:.0%} left" if kept == "cut off" else ""))
-    heads = ("network", "runs", "done", "cut off", "missing", "images", "PFLOP", "a step", "time")
-    table = Table(*heads, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits into 80 columns
-    for column in table.columns[1:]:
-        column.justify = "right"
-    flops, seconds = 0.0, []
-    for network in dict.fromkeys(run.cell.network for run in runs):
-        mine = [row for row in rows if row[0].cell.network == network]
-        counts = Counter(kept for _, kept, _, _ in mine)
-        to_do = [(work, share) for run, _, work, share in mine if dry or run.cell.data not in absent]
-        images = sum(work.images * share for work, share in to_do)
-        flops_left = sum(work.flops * share for work, share in to_do)
-        step = time = "-"
-        there = [run for run, kept, _, _ in mine if kept != "done" and run.cell.data not in absent]
-        if measure and there:
-            measured = estimate.measure(there[0].config)
-            seconds.append(flops_left / measured.flops_per_s)
-            step, time = f"{1000 * measured.seconds:,.0f} ms", _time(seconds[-1])
-        cells = (str(counts[kept]) for kept in ("done", "cut off", "missing"))
-        table.add_row(network, str(len(mine)), *cells, _number(images), _number(flops_left / 1e15), step, time)
-        flops += flops_left
-    display.console.print(table)
+        for row in rows:
+            left = f", {row.left:.0%} left" if row.state == "cut off" else ""
+            display.note(f"{row.state:8} {row.run.config.folder.name}{left}")
+    costs = [
+        _cost([row for row in rows if row.run.cell.network == network], absent, measure, dry)
+        for network in dict.fromkeys(run.cell.network for run in runs)
+    ]
+    display.console.print(_costs_table(costs))
     display.note(
-        f"To do: {_number(flops / 1e15)} PFLOP = MACs x 2 x 3 (forward, and twice that backward) x training images x "
-        f"epochs, and MACs x 2 of each evaluation, over all networks of a run."
+        f"To do: {_number(sum(cost.flops for cost in costs) / 1e15)} PFLOP = MACs x 2 x 3 (forward, and twice that "
+        f"backward) x training images x epochs, and MACs x 2 of each evaluation, over all networks of a run."
     )
-    if seconds:
+    if seconds := [cost.seconds for cost in costs if cost.seconds is not None]:
         display.note(
             f"About {_time(sum(seconds))}, one run after another: an estimate from a few real steps of the first "
             f"unfinished run of each network, timed just now on {hardware(choose(runs[0].config).device)}. "
@@ -86,6 +72,57 @@ def plan(
     for data, reason in absent.items():
         what = "would be downloaded, or its runs left out" if dry else "its runs are left out"
         display.note(f"{data} is not there, {what}: {reason}")
+
+
+class _Row(NamedTuple):
+    """A run of the plan."""
+
+    run: Planned
+    state: State
+    work: estimate.Work
+    left: float  # share of the work
+
+
+class _Cost(NamedTuple):
+    """What is left of a network's runs."""
+
+    network: str
+    states: Sequence[State]
+    images: float
+    flops: float
+    measured: estimate.Measured | None
+
+    @property
+    def seconds(self) -> float | None:
+        """One run after another; None where nothing was measured."""
+        return None if self.measured is None else self.flops / self.measured.flops_per_s
+
+
+def _cost(rows: Sequence[_Row], absent: Container[str], measure: bool, dry: bool) -> _Cost:
+    """Of the rows of one network. The first run that can be trained here is measured."""
+    to_do = [row for row in rows if dry or row.run.cell.data not in absent]
+    there = [row.run.config for row in rows if row.state != "done" and row.run.cell.data not in absent]
+    return _Cost(
+        network=rows[0].run.cell.network,
+        states=[row.state for row in rows],
+        images=sum(row.work.images * row.left for row in to_do),
+        flops=sum(row.work.flops * row.left for row in to_do),
+        measured=estimate.measure(there[0]) if measure and there else None,
+    )
+
+
+def _costs_table(costs: Iterable[_Cost]) -> Table:
+    heads = ("network", "runs", *get_args(State), "images", "PFLOP", "a step", "time")
+    table = Table(*heads, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits into 80 columns
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for cost in costs:
+        counts = (str(cost.states.count(state)) for state in get_args(State))
+        step = "-" if cost.measured is None else f"{1000 * cost.measured.seconds:,.0f} ms"
+        time = "-" if cost.seconds is None else _time(cost.seconds)
+        work = (_number(cost.images), _number(cost.flops / 1e15))
+        table.add_row(cost.network, str(len(cost.states)), *counts, *work, step, time)
+    return table
 
 
 _UNKNOWN = estimate.Work(0, 0, 0, 0)
