@@ -1,7 +1,6 @@
 """How figures are taken: contenders in turn, round after round, warm-up excluded, medians with their spread."""
 
 import importlib
-import os
 import platform
 import statistics
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from cutnmix.pipeline.loader import available_cores
 from cutnmix.trainer.run import hardware
 
 CPU = torch.device("cpu")
@@ -110,13 +110,12 @@ def checkout() -> Path | None:
 
 def header(device: torch.device = CPU) -> dict[str, Any]:
     """What a figure is worth nothing without: hardware, threads, versions, commit, date."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
         "device": device.type,
         "hardware": hardware(device),
-        "threads": f"{torch.get_num_threads()} of torch, on {cores} cores",
+        "threads": f"{torch.get_num_threads()} of torch, on {available_cores()} cores",
         "versions": ", ".join([f"Python {platform.python_version()}", *_versions()]),
     }
 

@@ -31,6 +31,7 @@ from cutnmix.benchmarks.records import Record, Row, Sheet, make_record
 from cutnmix.benchmarks.steps import LR, keys
 from cutnmix.models.cost import check_image_size, cost
 from cutnmix.pipeline import load_splits
+from cutnmix.pipeline.loader import available_cores
 from cutnmix.trainer.build import build
 from cutnmix.trainer.config import load_config
 from cutnmix.trainer.device import choose
@@ -97,7 +98,6 @@ def run(
     console: Console,
 ) -> Record:
     """Measure in processes of their own, and tell how far the predictions are off."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if devices < 2:
         raise ConfigError("--devices: at least 2 processes can exchange something, got 1")
     if batch % devices:
@@ -110,7 +110,7 @@ def run(
         raise ConfigError(str(error)) from error
     settings = {
         "peers": peers, "devices": devices, "network": network, "batch": batch, "method": method,
-        "threads": threads or max(1, cores // devices), "rounds": rounds,
+        "threads": threads or max(1, available_cores() // devices), "rounds": rounds,
     }  # fmt: skip
     console.print(f"training on 1 and {devices} processes, {settings['threads']} threads each ...")
     command = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]  # its own name may not resolve

@@ -24,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from cutnmix.pipeline.ahead import ahead
 from cutnmix.pipeline.dataset import DataError, Dataset
+from cutnmix.pipeline.loader import available_cores
 from cutnmix.pipeline.shards import cache_folder, digest, load_arrays, save_arrays
 
 # DALI makes its operators at run time: to the type checker they are Any.
@@ -53,7 +54,7 @@ def without_corrupt(dataset: Dataset) -> Dataset:
 
 def undecodable(dataset: Dataset, indices: Sequence[int]) -> Iterator[tuple[int, str]]:
     """Those of these images that DALI's CPU decoder refuses, each with the reason, in order."""
-    trial = _Trial(len(os.sched_getaffinity(0)))
+    trial = _Trial(available_cores())
     chunks = (indices[i : i + _BATCH] for i in range(0, len(indices), _BATCH))
     for chunk in ahead(lambda chunk: [(i, _content(dataset, i)) for i in chunk], chunks, depth=2):
         if trial.decodes([content for _, content in chunk]):

@@ -38,15 +38,19 @@ def _has_dali() -> bool:
     return importlib.util.find_spec("nvidia.dali") is not None if importlib.util.find_spec("nvidia") else False
 
 
+def available_cores() -> int:
+    """CPU cores: what a container or a scheduler granted this process, where that is known, else the machine's."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def default_threads(dataset: Dataset, device: torch.device | str) -> int:
     """How many threads DALI gets: 1 beside training on a CPU, which needs them more; beside a GPU this process's share
     of the cores, at most 16 to decode files and 8 for arrays. Not torch's number of threads: torchrun sets that to 1.
     """
     if torch.device(device).type != "cuda":
         return 1
-    affinity = getattr(os, "sched_getaffinity", None)  # what a container or a scheduler granted, where that is known
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(8 if dataset.in_memory else 16, share))
 
 

@@ -20,6 +20,7 @@ from cutnmix.benchmarks.reproduce.estimate import absent_data
 from cutnmix.benchmarks.reproduce.grid import AXES, grids, load_grid, plan_grid
 from cutnmix.benchmarks.reproduce.ledger import Ledger
 from cutnmix.pipeline.dataset import DataError
+from cutnmix.pipeline.loader import available_cores
 from cutnmix.trainer import cli
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.keys import ConfigError
@@ -141,16 +142,15 @@ def _place(
     count: int | None, ray: str | None, gpus: float, threads: int | None, ledger: Ledger, display: Display
 ) -> tuple[Place, str]:
     """Where the runs run, and that in words."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if ray is not None:
         if ray != "local" and count is not None:
             raise ConfigError("--workers: of a Ray cluster at an address its resources decide how many run at once")
         each = threads or 1
-        count = (count or max(1, cores // each)) if ray == "local" else 0
+        count = (count or max(1, available_cores() // each)) if ray == "local" else 0
         words = f"on Ray ({ray}), {each} CPU(s) each{f', {count} at a time' if count else ''}"
         return partial(workers.on_ray, ledger=ledger, address=ray, count=count, threads=each, gpus=gpus), words
     if count is not None:
-        each = threads or max(1, cores // count)
+        each = threads or max(1, available_cores() // count)
         return partial(workers.processes, count=count, threads=each), f"in {count} processes of {each} CPU thread(s)"
     return partial(workers.here, display=display), "in this process, one after another"
 
