@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import tasks
 import torch
+import yaml
 from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from cutnmix.trainer.build import build
 from cutnmix.trainer.config import load_config
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunError, RunFolder
-from cutnmix.trainer.keys import ConfigError
+from cutnmix.trainer.keys import Config, ConfigError
 from cutnmix.trainer.methods import METHODS
 
 SMALL = ["data.images_per_class=8", "epochs=2", "log_every=1"]
@@ -402,6 +403,17 @@ def test_a_misspelt_network_is_met_before_data_is_fetched(command, tmp_path):
     code, _, error = command("train", "paper", *keys)
     assert code == 2 and error.startswith("error: peers.network: no 'resnet33', did you mean 'resnet32'?")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_recipe_is_printed_with_all_its_keys_and_nothing_is_made(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, printed, error = command("config", "paper", "method=dml", "mix=none", "data.root=not/there")
+    assert (code, error) == (0, "") and not any(tmp_path.iterdir())
+    (tmp_path / "mine.yaml").write_text(printed)
+    assert load_config("mine.yaml") == load_config("paper", ["method=dml", "mix=none", "data.root=not/there"])
+    assert yaml.safe_load(printed).keys() == Config.model_fields.keys()
+    code, printed, error = command("config", "paper", "epoch=3")
+    assert (code, printed) == (2, "") and error.startswith("error: epoch (command line): unknown key; did you mean")
 
 
 def test_a_misspelt_network_is_named_as_it_was_given(command):

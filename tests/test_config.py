@@ -11,7 +11,7 @@ import yaml
 from cutnmix.benchmarks.reproduce.grid import GRIDS, load_grid
 from cutnmix.configs import shipped
 from cutnmix.pipeline.laws import Mix
-from cutnmix.trainer.config import dump_config, load_config, parse_config
+from cutnmix.trainer.config import dump_config, load_config, parse_config, yaml_of
 from cutnmix.trainer.keys import Config, ConfigError, PeersGroup
 from cutnmix.trainer.method import Needs, Task, breach
 from cutnmix.trainer.methods import METHODS
@@ -129,7 +129,14 @@ SHORT = ["mix: cutout", "mix: mixup", "peers: {network: [resnet20, resnet32, res
 @pytest.mark.parametrize("text", [OTHER, FILES_ONLY, SHARDS_ONLY, CUTOUT_ONLY, NETS_ONLY, *SHORT])
 def test_every_key_round_trips_through_yaml(text, tmp_path):
     config = load_config(write(tmp_path, text))
-    assert parse_config(yaml.safe_load(yaml.safe_dump(dump_config(config)))) == config
+    assert parse_config(yaml.safe_load(yaml_of(config))) == config
+    assert load_config(write(tmp_path, yaml_of(config))) == config
+
+
+@pytest.mark.parametrize("recipe", shipped())
+def test_every_recipe_written_out_is_the_same_recipe(recipe, tmp_path):
+    config = load_config(recipe)
+    assert load_config(write(tmp_path, yaml_of(config))) == config
 
 
 def test_the_round_trips_left_out_no_key(tmp_path):

@@ -1,5 +1,5 @@
-"""The command line: cutnmix train | evaluate | compare | report | export | models | methods | bench | reproduce |
-plan-scale.
+"""The command line: cutnmix train | config | evaluate | compare | report | export | models | methods | bench |
+reproduce | plan-scale.
 """
 
 import os
@@ -16,7 +16,7 @@ from cutnmix.models import NETWORKS
 from cutnmix.models.cost import blueprint, cost, made_for, parameters, source
 from cutnmix.pipeline.dataset import DataError
 from cutnmix.pipeline.datasets import TestImages
-from cutnmix.trainer.config import load_config
+from cutnmix.trainer.config import load_config, yaml_of
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.folder import RunError, RunFolder, Stopped, expect_writable, name_of
 from cutnmix.trainer.keys import ConfigError
@@ -33,6 +33,7 @@ app = typer.Typer(
     help="Online knowledge distillation of J peers on J distorted, cut-and-mixed views.",
     pretty_exceptions_enable=False,
 )
+Recipe = Annotated[str, typer.Argument(help="a shipped recipe or a YAML file")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="for example epochs=10 method=dml")
 ]
@@ -44,11 +45,17 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N, if 
 
 
 @app.command()
-def train(config: Annotated[str, typer.Argument(help="a shipped recipe or a YAML file")], overrides: Overrides = None):
+def train(config: Recipe, overrides: Overrides = None):
     """Train a recipe. resume=auto goes on where an interrupted run stopped."""
     from cutnmix.trainer.run import train as run  # TensorBoard and torchmetrics take seconds: not for --help
 
     run(load_config(config, overrides or []))
+
+
+@app.command("config")
+def show_config(config: Recipe, overrides: Overrides = None):
+    """Print all keys that train would take, as a YAML file to read or to change."""
+    print(yaml_of(load_config(config, overrides or [])), end="")
 
 
 @app.command()

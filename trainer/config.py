@@ -229,6 +229,11 @@ def dump_config(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+def yaml_of(config: Config) -> str:
+    """All keys of a Config as a YAML file; `load_config` gives the same Config back."""
+    return yaml.safe_dump(dump_config(config), sort_keys=False)
+
+
 def _find(source: str | Path) -> Path:
     recipes = shipped()
     if str(source) in recipes:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import yaml
 from filelock import FileLock, Timeout
 
-from cutnmix.trainer.config import dump_config, parse_config, read_yaml
+from cutnmix.trainer.config import dump_config, parse_config, read_yaml, yaml_of
 from cutnmix.trainer.keys import Config, ConfigError
 
 # Keys that may differ when a run is resumed: they change neither the data nor the arithmetic (the mesh and the loader:
@@ -133,7 +133,7 @@ class RunFolder:
         with written(self.path):
             for folder in (self.last.parent, self.peers, self.tensorboard):
                 folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.config, yaml.safe_dump(dump_config(config), sort_keys=False))
+        write_atomically(self.config, yaml_of(config))
 
     def expect(self) -> None:
         """Raise RunError where it is no run's folder."""
