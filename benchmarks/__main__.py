@@ -248,13 +248,15 @@ def write_tables(
     """Make the documents' tables from the records: what stands between <!-- bench:NAME --> and <!-- /bench -->.
 
     So from NAME/runs.csv, the report.csv of cutnmix reproduce, between <!-- runs:NAME --> and <!-- /runs -->, and from
-    NAME/compared.csv, of cutnmix compare, between <!-- compared:NAME --> and <!-- /compared -->.
+    NAME/compared.csv, of cutnmix compare, between <!-- compared:NAME --> and <!-- /compared -->; of the second,
+    compared.png is drawn beside it, which --check does not look at.
     """
     root = checkout() or Path()
     documents = [document] if document else [root / name for name in tables.DOCUMENTS]
     kept = out or root / "benchmarks" / "results"
     try:
         made = {path: tables.fill(path, kept) for path in documents}
+        drawn = {path: tables.read_compared(path) for path in kept.glob("*/compared.csv")}
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     except OSError as error:
@@ -268,6 +270,9 @@ def write_tables(
         else:
             path.write_text(new)
             console.print(f"{path} written")
+    for path, found in drawn.items():
+        if not check:
+            plots.draw_compared(found, path.with_suffix(".png"))
     if stale and check:
         raise typer.Exit(1)
 

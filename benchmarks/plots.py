@@ -6,6 +6,7 @@ colour. This package's rows are thick, the others thin, bounds dashed.
 
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -14,11 +15,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from cutnmix.benchmarks.measure import Spread
 from cutnmix.benchmarks.records import Cell, Record, Sheet, middle, number, sheets_of
+from cutnmix.benchmarks.tables import Beside
 from cutnmix.trainer.figures import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION, save
 
 Style = dict[str, Any]
+SEEDS = (BLUE, ORANGE, GREEN, PURPLE, SKY)
 OURS, OTHERS = (BLUE, GREEN, SKY, "#004c6d", "#7fbf7b"), (VERMILLION, ORANGE, PURPLE, "#a0522d", "#888888")
-PANEL, BAR, MARGIN = 2.8, 0.32, 1.1  # inches: the height of lines, of one bar, and of what is around them
+PANEL, BAR, SEED, MARGIN = 2.8, 0.32, 0.1, 1.1  # inches: the height of lines, of a bar, of a seed, of what is around
 
 
 def draw_record(record: Record, path: Path) -> None:
@@ -39,6 +42,36 @@ def draw_record(record: Record, path: Path) -> None:
         axes.set_title(sheet.title, loc="left", fontsize=12, parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
         (_draw_lines if _points(sheet) else _draw_bars)(axes, sheet, styles)
+    save(figure, path)
+
+
+def draw_compared(found: Beside, path: Path) -> None:
+    """Methods less the first of them as a PNG 1000 pixels wide: a point a seed, with its standard error over images."""
+    first, *others = found.rows
+    height = SEED * len(found.seeds) * len(others) + SEED * len(others)
+    figure = Figure((10, height + MARGIN), dpi=100)
+    inch = 1 / figure.get_figheight()
+    axes = figure.add_axes((0.42, 0.65 * inch, 0.55, height * inch))
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.axvline(0, color=INK, linewidth=1)
+    for place, (seed, color, marker) in enumerate(zip(found.seeds, cycle(SEEDS), cycle("osD^v"), strict=False), 1):
+        shift = place / (len(found.seeds) + 1) - 0.5
+        points = [(y + shift, found.rows[label].get(seed)) for y, label in enumerate(others)]
+        there = [(y, point.less, point.error) for y, point in points if point and point.less is not None]
+        for y, less, error in there:
+            if error is not None:
+                axes.hlines(y, less - error, less + error, color=color, linewidth=1.2)
+        y, x = [y for y, _, _ in there], [less for _, less, _ in there]
+        axes.plot(x, y, linestyle="", marker=marker, markersize=5.5, color=color, label=f"seed {seed}")
+    axes.set_yticks(range(len(others)), [fill(label, 45) for label in others], fontsize=10, parse_math=False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(others) - 0.5, -0.5)
+    axes.grid(axis="x", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    told = f"top-1 percent less that of {first} with the same seed, and its standard error where that is on record"
+    figure.text(0.97, 0.15 * inch, told, ha="right", va="center", parse_math=False)
+    figure.text(0.02, 1 - 0.22 * inch, found.what, fontsize=12, va="center", parse_math=False)
+    figure.legend(loc="upper right", bbox_to_anchor=(0.98, 1 - 0.05 * inch), ncols=len(found.seeds), frameon=False)
     save(figure, path)
 
 

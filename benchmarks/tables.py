@@ -11,6 +11,8 @@ import csv
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +41,22 @@ class _Run(NamedTuple):
     def name(self) -> str:
         """That of its folder."""
         return f"{self.cell}-{self.row}-seed{self.seed}"
+
+
+class Point(NamedTuple):
+    """A run of one seed on some images, in percent."""
+
+    top1: float
+    less: float | None = None  # the difference to the run of the first method with that seed
+    error: float | None = None  # its standard error over images, where the two were scored side by side
+
+
+class Beside(NamedTuple):
+    """Methods beside the first of them."""
+
+    what: str  # the images
+    seeds: list[int]
+    rows: dict[str, dict[int, Point]]  # label -> seed -> point
 
 
 def render(record: Record, plots: str) -> str:
@@ -86,52 +104,69 @@ def accuracies(runs: list[Line]) -> str:
     return _table([runs[0]["stamp"], "n", *READINGS.values()], rows)
 
 
-def compared(lines: list[Line]) -> str:
-    """Runs beside the method of the first line as Markdown, a line a method, a column a seed: the mean of the peers.
-
-    In brackets the difference to the first method's run of the same seed, with its standard error over images where the
-    two were scored side by side; elsewhere that of the two top-1s.
+def beside(lines: list[Line]) -> Beside:
+    """Runs beside the method of the first line: the mean of the peers.
 
     Raises:
         ValueError: for runs that cutnmix reproduce would call otherwise, or lines that do not belong together.
     """
     lines = [line for line in lines if line["prediction"] == "mean"]
     runs = {line["run"]: _run(line["run"]) for line in lines}
-    top1: dict[str, str] = {}
-    beside: dict[tuple[str, str], tuple[float, str]] = {}  # the difference of one run less another, and its error
+    top1: dict[str, float] = {}
+    pairs: dict[tuple[str, str], tuple[float, float]] = {}  # the difference of one run less another, and its error
     for line in lines:
-        if abs(float(top1.setdefault(line["run"], line["top1"])) - float(line["top1"])) > ROUNDING:
-            raise ValueError(f"{line['run']} has two values of top1: {top1[line['run']]} and {line['top1']}")
+        value = float(line["top1"])
+        if abs(top1.setdefault(line["run"], value) - value) > ROUNDING:
+            raise ValueError(f"{line['run']} has two values of top1: {top1[line['run']]} and {value}")
         if line["difference"]:
-            difference, error = float(line["difference"]), line["difference_error"]
-            beside[line["run"], line["less"]] = difference, error
-            beside[line["less"], line["run"]] = -difference, error
-    (images, *others), (cell, *more) = (
-        {(line["on"], line["images"]) for line in lines},
-        {run.cell for run in runs.values()},
-    )
-    if others or more:
+            difference, error = float(line["difference"]), float(line["difference_error"])
+            pairs[line["run"], line["less"]] = difference, error
+            pairs[line["less"], line["run"]] = -difference, error
+    images, *others = {(line["on"], line["images"]) for line in lines}
+    if others or len({run.cell for run in runs.values()}) > 1:
         raise ValueError("its lines are of other images, or of another data set or network, than its first one")
 
-    def shown(run: _Run) -> str:
-        if run.name not in top1:
-            return ""
-        value, reference = float(top1[run.name]), run._replace(row=first.row)
-        if run == reference or reference.name not in top1:
-            return f"{value:.2f}"
-        difference, error = beside.get((run.name, reference.name), (value - float(top1[reference.name]), ""))
-        spread = f" \u00b1 {float(error):.2f}" if error else ""
-        return f"{value:.2f} ({difference:+.2f}{spread})"
+    def point(run: _Run) -> Point:
+        value, reference = top1[run.name], run._replace(row=first.row).name
+        if run.name == reference or reference not in top1:
+            return Point(value)
+        return Point(value, *pairs.get((run.name, reference), (value - top1[reference], None)))
 
     first, *_ = runs.values()
     known = [row for grid in LABELLED for row in load_grid(grid).rows]
     labels = {row.name: row.label for row in reversed(known)}
     found = [run.row for run in runs.values()]
     rows = [row for row in dict.fromkeys([first.row, *(row.name for row in known), *found]) if row in found]
-    seeds = sorted({run.seed for run in runs.values()})
-    table = [[labels.get(row, f"`{row}`"), *(shown(_Run(cell, row, seed)) for seed in seeds)] for row in rows]
     on, count = images
-    return _table([told(on, int(count)), *(f"seed {seed}" for seed in seeds)], table)
+    return Beside(
+        what=told(on, int(count)),
+        seeds=sorted({run.seed for run in runs.values()}),
+        rows={
+            labels.get(row, f"`{row}`"): {run.seed: point(run) for run in runs.values() if run.row == row}
+            for row in rows
+        },
+    )
+
+
+def compared(found: Beside) -> str:
+    """As Markdown, a line a method, a column a seed. In brackets the difference, with its standard error over images
+    where the two were scored side by side; elsewhere that of the two top-1s.
+    """
+
+    def shown(point: Point | None) -> str:
+        if point is None or point.less is None:
+            return "" if point is None else f"{point.top1:.2f}"
+        spread = "" if point.error is None else f" \u00b1 {point.error:.2f}"
+        return f"{point.top1:.2f} ({point.less:+.2f}{spread})"
+
+    table = [[label, *(shown(points.get(seed)) for seed in found.seeds)] for label, points in found.rows.items()]
+    return _table([found.what, *(f"seed {seed}" for seed in found.seeds)], table)
+
+
+def read_compared(path: Path) -> Beside:
+    """`beside` of a file. Raises: ValueError that names it."""
+    with _named(path):
+        return beside(_lines(path))
 
 
 def fill(document: Path, folder: Path) -> str:
@@ -150,16 +185,27 @@ def fill(document: Path, folder: Path) -> str:
         path = folder / name / f"{kind}.csv"
         if kind == "bench" or not path.is_file():
             raise ValueError(f"no record of {kind}:{name} in {folder}: run it first")
-        with path.open(newline="") as file:
-            lines = list(csv.DictReader(file))
-        try:
-            return f"{begin}{accuracies(lines) if kind == 'runs' else compared(lines)}{end}"
-        except KeyError as error:
-            raise ValueError(f"{path} lacks the column {error}") from error
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        with _named(path):
+            lines = _lines(path)
+            return f"{begin}{accuracies(lines) if kind == 'runs' else compared(beside(lines))}{end}"
 
     return MARKED.sub(made, document.read_text())
+
+
+def _lines(path: Path) -> list[Line]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Of what is wrong within is said which file has it."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path} lacks the column {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _run(name: str) -> _Run:

@@ -5,6 +5,7 @@ import re
 from itertools import permutations
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -238,6 +239,32 @@ def test_comparisons_are_a_line_a_method_and_a_column_a_seed(tmp_path):
         "| DML + CutnMix, a view and a box each | 77.74 (-1.38 \u00b1 0.33) | | |",
         "| `cutnmix_t1` | 77.00 (-2.12 \u00b1 0.33) | | |",
     ]
+
+
+def test_comparisons_are_drawn_as_differences(tmp_path, monkeypatch):
+    """Points and errors as the table has them; none for the first method, and for what has no pair."""
+    lines = lines_of(
+        ("dml_cutmix-seed95", 79, "", None),
+        ("dml_cutmix-seed96", 80, "", None),
+        ("baseline-seed95", 75, "dml_cutmix-seed95", -4),
+        ("baseline-seed96", 80, "", None),
+        ("dml-seed97", 77, "", None),
+        ("dml-seed96", 77.5, "dml_cutmix-seed96", -2.5),
+    )
+    write_lines(tmp_path, lines)
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append((figure, path)))
+    plots.draw_compared(tables.read_compared(tmp_path / "short" / "compared.csv"), tmp_path / "made.png")
+    ((figure, path),) = figures
+    (axes,) = figure.axes
+    assert path == tmp_path / "made.png"
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["Baseline", "DML"]
+    lines = {line.get_label(): line for line in axes.lines}
+    found = {seed: np.asarray(lines[f"seed {seed}"].get_xydata()).round(2).tolist() for seed in (95, 96, 97)}
+    assert found == {95: [[-4, -0.25]], 96: [[0, 0], [-2.5, 1]], 97: []}
+    errors = [segment.tolist() for errors in axes.collections for segment in errors.get_segments()]  # pyright: ignore
+    assert np.round(errors, 2).tolist() == [[[-4.33, -0.25], [-3.67, -0.25]], [[-2.83, 1], [-2.17, 1]]]
+    assert "DML + CutMix with the same seed" in figure.texts[0].get_text()
 
 
 def test_a_table_is_made_of_what_compare_writes(tmp_path):
