@@ -256,7 +256,6 @@ def write_tables(
     kept = out or root / "benchmarks" / "results"
     try:
         made = {path: tables.fill(path, kept) for path in documents}
-        drawn = {path: tables.read_compared(path) for path in kept.glob("*/compared.csv")}
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     except OSError as error:
@@ -270,11 +269,13 @@ def write_tables(
         else:
             path.write_text(new)
             console.print(f"{path} written")
-    for path, found in drawn.items():
-        if not check:
-            plots.draw_compared(found, path.with_suffix(".png"))
-    if stale and check:
-        raise typer.Exit(1)
+    if check:
+        raise typer.Exit(1 if stale else 0)
+    for path in dict.fromkeys(path for document in documents for path in tables.compared_files(document, kept)):
+        picture, differences = path.with_suffix(".png"), tables.read_compared(path)
+        if len(differences.rows) > 1:
+            plots.draw_compared(differences, picture)
+            console.print(f"{picture} drawn")
 
 
 def _leave(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cutnmix.pipeline.loader import available_cores
+from cutnmix.pipeline.cores import available_cores
 from cutnmix.trainer.run import hardware
 
 CPU = torch.device("cpu")

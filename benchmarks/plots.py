@@ -1,7 +1,7 @@
 """A record as a picture: a panel a sheet, lines with direct labels where the columns are numbers, else bars.
 
 The look is that of cutnmix.trainer.figures: matplotlib's objects only, the colours of Okabe and Ito (2008), one row one
-colour. This package's rows are thick, the others thin, bounds dashed.
+colour. This package's rows are thick, the others thin, bounds dashed. `draw_compared` has points, one seed one colour.
 """
 
 from itertools import cycle
@@ -15,13 +15,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from cutnmix.benchmarks.measure import Spread
 from cutnmix.benchmarks.records import Cell, Record, Sheet, middle, number, sheets_of
-from cutnmix.benchmarks.tables import Beside
+from cutnmix.benchmarks.tables import Differences
 from cutnmix.trainer.figures import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION, save
 
 Style = dict[str, Any]
-SEEDS = (BLUE, ORANGE, GREEN, PURPLE, SKY)
+SEED_COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY)
 OURS, OTHERS = (BLUE, GREEN, SKY, "#004c6d", "#7fbf7b"), (VERMILLION, ORANGE, PURPLE, "#a0522d", "#888888")
-PANEL, BAR, SEED, MARGIN = 2.8, 0.32, 0.1, 1.1  # inches: the height of lines, of a bar, of a seed, of what is around
+# Inches: the height of lines, of one bar, one seed's point and one label, and of what is around them.
+PANEL, BAR, SEED, LABEL, MARGIN = 2.8, 0.32, 0.1, 0.36, 1.1
 
 
 def draw_record(record: Record, path: Path) -> None:
@@ -45,16 +46,16 @@ def draw_record(record: Record, path: Path) -> None:
     save(figure, path)
 
 
-def draw_compared(found: Beside, path: Path) -> None:
+def draw_compared(found: Differences, path: Path) -> None:
     """Methods less the first of them as a PNG 1000 pixels wide: a point a seed, with its standard error over images."""
     first, *others = found.rows
-    height = SEED * len(found.seeds) * len(others) + SEED * len(others)
+    height = max(SEED * (len(found.seeds) + 1), LABEL) * len(others)
     figure = Figure((10, height + MARGIN), dpi=100)
     inch = 1 / figure.get_figheight()
     axes = figure.add_axes((0.42, 0.65 * inch, 0.55, height * inch))
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.axvline(0, color=INK, linewidth=1)
-    for place, (seed, color, marker) in enumerate(zip(found.seeds, cycle(SEEDS), cycle("osD^v"), strict=False), 1):
+    for place, (seed, color, marker) in enumerate(zip(found.seeds, cycle(SEED_COLORS), cycle("osD^"), strict=False), 1):
         shift = place / (len(found.seeds) + 1) - 0.5
         points = [(y + shift, found.rows[label].get(seed)) for y, label in enumerate(others)]
         there = [(y, point.less, point.error) for y, point in points if point and point.less is not None]

@@ -31,7 +31,7 @@ from cutnmix.benchmarks.records import Record, Row, Sheet, make_record
 from cutnmix.benchmarks.steps import LR, keys
 from cutnmix.models.cost import check_image_size, cost
 from cutnmix.pipeline import load_splits
-from cutnmix.pipeline.loader import available_cores
+from cutnmix.pipeline.cores import available_cores
 from cutnmix.trainer.build import build
 from cutnmix.trainer.config import load_config
 from cutnmix.trainer.device import choose

@@ -4,7 +4,8 @@
 <!-- runs:NAME -->      NAME/runs.csv, the report.csv of cutnmix reproduce
 <!-- compared:NAME -->  NAME/compared.csv, lines of cutnmix compare --csv on runs of cutnmix reproduce
 
-Nobody types a figure, so none can differ from what was measured; a test checks that none does.
+Nobody types a figure, so none can differ from what was measured; a test checks that none in a table does. The same
+differences make compared.png, see plots.py.
 """
 
 import csv
@@ -47,11 +48,11 @@ class Point(NamedTuple):
     """A run of one seed on some images, in percent."""
 
     top1: float
-    less: float | None = None  # the difference to the run of the first method with that seed
-    error: float | None = None  # its standard error over images, where the two were scored side by side
+    less: float | None = None  # the difference to the run of the first method with that seed, if both are there
+    error: float | None = None  # its standard error over images; None where the two were not scored side by side
 
 
-class Beside(NamedTuple):
+class Differences(NamedTuple):
     """Methods beside the first of them."""
 
     what: str  # the images
@@ -104,7 +105,7 @@ def accuracies(runs: list[Line]) -> str:
     return _table([runs[0]["stamp"], "n", *READINGS.values()], rows)
 
 
-def beside(lines: list[Line]) -> Beside:
+def differences_of(lines: list[Line]) -> Differences:
     """Runs beside the method of the first line: the mean of the peers.
 
     Raises:
@@ -138,7 +139,7 @@ def beside(lines: list[Line]) -> Beside:
     found = [run.row for run in runs.values()]
     rows = [row for row in dict.fromkeys([first.row, *(row.name for row in known), *found]) if row in found]
     on, count = images
-    return Beside(
+    return Differences(
         what=told(on, int(count)),
         seeds=sorted({run.seed for run in runs.values()}),
         rows={
@@ -148,10 +149,8 @@ def beside(lines: list[Line]) -> Beside:
     )
 
 
-def compared(found: Beside) -> str:
-    """As Markdown, a line a method, a column a seed. In brackets the difference, with its standard error over images
-    where the two were scored side by side; elsewhere that of the two top-1s.
-    """
+def compared(found: Differences) -> str:
+    """As Markdown, a line a method, a column a seed. In brackets the difference, with its error where there is one."""
 
     def shown(point: Point | None) -> str:
         if point is None or point.less is None:
@@ -163,10 +162,16 @@ def compared(found: Beside) -> str:
     return _table([found.what, *(f"seed {seed}" for seed in found.seeds)], table)
 
 
-def read_compared(path: Path) -> Beside:
-    """`beside` of a file. Raises: ValueError that names it."""
+def read_compared(path: Path) -> Differences:
+    """`differences_of` a file. Raises: ValueError that names it."""
     with _named(path):
-        return beside(_lines(path))
+        return differences_of(_lines(path))
+
+
+def compared_files(document: Path, folder: Path) -> list[Path]:
+    """The compared.csv that a document's markers ask for."""
+    found = MARKED.findall(document.read_text())
+    return [folder / name / "compared.csv" for _, kind, name, _ in found if kind == "compared"]
 
 
 def fill(document: Path, folder: Path) -> str:
@@ -187,7 +192,7 @@ def fill(document: Path, folder: Path) -> str:
             raise ValueError(f"no record of {kind}:{name} in {folder}: run it first")
         with _named(path):
             lines = _lines(path)
-            return f"{begin}{accuracies(lines) if kind == 'runs' else compared(beside(lines))}{end}"
+            return f"{begin}{accuracies(lines) if kind == 'runs' else compared(differences_of(lines))}{end}"
 
     return MARKED.sub(made, document.read_text())
 
@@ -199,7 +204,7 @@ def _lines(path: Path) -> list[Line]:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Of what is wrong within is said which file has it."""
+    """Errors raised within name the file."""
     try:
         yield
     except KeyError as error:

@@ -23,8 +23,8 @@ from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
 
 from cutnmix.pipeline.ahead import ahead
+from cutnmix.pipeline.cores import available_cores
 from cutnmix.pipeline.dataset import DataError, Dataset
-from cutnmix.pipeline.loader import available_cores
 from cutnmix.pipeline.shards import cache_folder, digest, load_arrays, save_arrays
 
 # DALI makes its operators at run time: to the type checker they are Any.

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from cutnmix.pipeline.batch import Views
+from cutnmix.pipeline.cores import available_cores
 from cutnmix.pipeline.dataset import DataError, Dataset
 from cutnmix.pipeline.laws import Distort
 from cutnmix.pipeline.plan import Plan
@@ -36,12 +37,6 @@ def check_decoder(dataset: Dataset) -> None:
 
 def _has_dali() -> bool:
     return importlib.util.find_spec("nvidia.dali") is not None if importlib.util.find_spec("nvidia") else False
-
-
-def available_cores() -> int:
-    """CPU cores: what a container or a scheduler granted this process, where that is known, else the machine's."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def default_threads(dataset: Dataset, device: torch.device | str) -> int:

@@ -267,6 +267,24 @@ def test_comparisons_are_drawn_as_differences(tmp_path, monkeypatch):
     assert "DML + CutMix with the same seed" in figure.texts[0].get_text()
 
 
+def test_a_picture_is_drawn_beside_what_a_document_has_compared(tmp_path):
+    write_lines(tmp_path, lines_of(("dml-seed95", 77, "", None), ("baseline-seed95", 75, "dml-seed95", -2)))
+    document, picture = tmp_path / "README.md", tmp_path / "short" / "compared.png"
+    document.write_text("<!-- compared:short -->\n<!-- /compared -->\n")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "compared.csv").write_text("no document has it\n")
+
+    def made(*options: str) -> tuple[int, bool]:
+        with pytest.raises(SystemExit) as left:
+            commands.app(["tables", "--document", str(document), "--out", str(tmp_path), *options])
+        return int(left.value.code or 0), picture.exists()
+
+    assert [made("--check"), made(), made("--check")] == [(1, False), (0, True), (0, True)]
+    picture.unlink()
+    write_lines(tmp_path, lines_of(("dml-seed95", 77, "", None)))
+    assert made() == (0, False)  # nothing to put beside it
+
+
 def test_a_table_is_made_of_what_compare_writes(tmp_path):
     rows = [
         Compared("cifar10-vgg16-dml-seed1", "mean", 77.14, 0.54, None, None, None, None, 1, None),

@@ -19,8 +19,8 @@ from cutnmix.benchmarks.reproduce.drive import LEDGER, Place, reproduce, state
 from cutnmix.benchmarks.reproduce.estimate import absent_data
 from cutnmix.benchmarks.reproduce.grid import AXES, grids, load_grid, plan_grid
 from cutnmix.benchmarks.reproduce.ledger import Ledger
+from cutnmix.pipeline.cores import available_cores
 from cutnmix.pipeline.dataset import DataError
-from cutnmix.pipeline.loader import available_cores
 from cutnmix.trainer import cli
 from cutnmix.trainer.display import Display
 from cutnmix.trainer.keys import ConfigError
