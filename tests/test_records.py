@@ -259,10 +259,10 @@ def test_comparisons_are_drawn_as_differences(tmp_path, monkeypatch):
     (axes,) = figure.axes
     assert path == tmp_path / "made.png"
     assert [label.get_text() for label in axes.get_yticklabels()] == ["Baseline", "DML"]
-    lines = {line.get_label(): line for line in axes.lines}
-    found = {seed: np.asarray(lines[f"seed {seed}"].get_xydata()).round(2).tolist() for seed in (95, 96, 97)}
+    points = {line.get_label(): np.asarray(line.get_xydata()).round(2).tolist() for line in axes.lines}
+    found = {seed: points[f"seed {seed}"] for seed in (95, 96, 97)}
     assert found == {95: [[-4, -0.25]], 96: [[0, 0], [-2.5, 1]], 97: []}
-    errors = [segment.tolist() for errors in axes.collections for segment in errors.get_segments()]  # pyright: ignore
+    errors = np.concatenate([drawn.get_segments() for drawn in axes.collections])
     assert np.round(errors, 2).tolist() == [[[-4.33, -0.25], [-3.67, -0.25]], [[-2.83, 1], [-2.17, 1]]]
     assert "DML + CutMix with the same seed" in figure.texts[0].get_text()
 
